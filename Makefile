@@ -1,0 +1,31 @@
+# `make demo` and `make test` set up what they need in .venv; nothing else is required but Python and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test soak setup lint clean
+
+setup: $(VENV)/.ready
+
+# torch first and alone: its CPU build is on the index under the exact version, a range may bring a CUDA build
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/sieve compare --demo --html sieve-report.html
+
+test: setup lint
+	$(BIN)/python -m pytest -n 2 -m "not long"
+
+soak: setup
+	$(BIN)/python -m pytest -m long
+
+lint: setup
+	$(BIN)/ruff check src tests models examples
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis sieve-report.html

@@ -1,0 +1,40 @@
+"""Sieve: sparse attention that says how much it skipped.
+
+The names below load what they need when they are first used; importing the package imports no framework.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+_NAMES = {
+    "AetherAttention": "sieve_attn.layers",
+    "AetherSparseAttentionConfig": "sieve_attn.llm",
+    "LLM": "sieve_attn.llm",
+    "aether_attention": "sieve_attn.torch",
+    "attend": "sieve_attn.pipeline",
+    "attention": "sieve_attn.pipeline",
+    "sparsify": "sieve_attn.transformers",
+}
+_MODULES = (
+    "aether", "certify", "evaluation", "functional", "geometry", "layers", "llm", "patterns", "policies", "scores", "selection",
+    "testing", "torch", "transformers", "types",
+)  # fmt: skip
+
+__all__ = [*_NAMES, *_MODULES]
+
+try:
+    __version__ = version("sieve-attn")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0.0.0"
+
+
+def __getattr__(name):
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
+    if name in _MODULES:
+        return import_module(f"sieve_attn.{name}")
+    raise AttributeError(f"module 'sieve_attn' has no attribute {name!r}; it offers {', '.join(__all__)}")
+
+
+def __dir__():
+    return __all__

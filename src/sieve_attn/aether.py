@@ -1,0 +1,130 @@
+"""AETHER's published functions: block geometry of the xFormers form, metadata and gate of the TensorRT-LLM form."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sieve_attn import arrays, checks
+from sieve_attn import geometry as stage_geometry
+from sieve_attn.scores.event_radar import add_recency, check_recency, radar_scores
+from sieve_attn.selection.top_k import target_blocks
+from sieve_attn.types import Statistics
+
+Array = Any
+
+
+def _rank(name: str, x: Array, axes: str) -> None:
+    count = axes.count(",") + 1
+    if len(x.shape) != count or 0 in tuple(x.shape):
+        raise checks.error(name, f"must be a non-empty {axes} array", f"shape {tuple(x.shape)}", "add or drop axes with reshape")
+
+
+def compute_block_geometry(k: Array, block_size: int = 64) -> tuple[Array, Array]:
+    """``(centroids [batch, blocks, heads, head_dim], radii [batch, blocks, heads])`` of keys [batch, len, heads, head_dim].
+
+    ``mu`` = mean of the raw keys of a block, ``r = max ||k - mu||``, both fp32 whatever the key dtype, ``r`` rounded outward.
+    The last block may be ragged: it counts the keys it has. Raises ValueError for other ranks or block sizes.
+    """
+    _rank("k", k, "[batch, len, heads, head_dim]")
+    block_size = checks.positive_int("block_size", block_size, "try 48 or 64")
+    xp = arrays.namespace(k)
+    if xp.name == "torch":
+        from sieve_attn.layers.operators import block_geometry
+
+        return block_geometry(k, block_size)
+    return geometry_of(k, block_size)
+
+
+def geometry_of(k: Array, block_size: int) -> tuple[Array, Array]:
+    """:func:`compute_block_geometry` without its checks."""
+    xp = arrays.namespace(k)
+    found = stage_geometry.build(xp.permute(k, (0, 2, 1, 3)), block_size, Statistics(radius=True))
+    radii = xp.cast(xp.permute(found.radius * (1.0 + 2.0**-23), (0, 2, 1)), xp.float32)
+    return xp.cast(xp.permute(found.mean, (0, 2, 1, 3)), xp.float32), radii
+
+
+def precompute_metadata(keys: Array, block_size: int = 64, compute_variance: bool = False,
+                        compute_concentration: bool = False) -> tuple[Array, Array, Array | None, Array | None]:
+    """Event Radar's metadata of ``keys`` [batch, heads, len, head_dim], on normalised keys ``k^ = k / ||k||``:
+
+    ``means mu^ = normalize(mean k^)`` [batch, heads, blocks, head_dim]; ``radii = max d`` with ``d = ||k^ - mu^||``;
+    ``variances = mean d^2`` and ``concentrations = clamp(mean k^.mu^, 0.1, 1)``, [batch, heads, blocks] or None unless asked.
+    fp32. (``variance == 2 - 2 * mean alignment``: one statistic in two forms.)
+    """
+    _rank("keys", keys, "[batch, heads, len, head_dim]")
+    block_size = checks.positive_int("block_size", block_size, "try 48 or 64")
+    if arrays.namespace(keys).name == "torch":
+        from sieve_attn.layers.operators import aether_metadata
+
+        means, radii, variances, concentrations = aether_metadata(keys, block_size)
+    else:
+        means, radii, variances, concentrations = metadata_of(keys, block_size)
+    return means, radii, variances if compute_variance else None, concentrations if compute_concentration else None
+
+
+def metadata_of(keys: Array, block_size: int) -> tuple[Array, Array, Array, Array]:
+    """All four statistics, without checks."""
+    xp = arrays.namespace(keys)
+    found = stage_geometry.build(keys, block_size, Statistics(direction=True))
+    parts = (found.direction_mean, found.direction_radius, found.direction_variance, found.concentration)
+    return tuple(xp.cast(x, xp.float32) for x in parts)
+
+
+def run_aether_sparse(query: Array, means: Array, radii: Array, block_variances: Array | None = None,
+                      block_concentrations: Array | None = None, threshold: float = 0.15, scale: float | None = None,
+                      use_variance: bool = False, use_concentration: bool = False, is_causal: bool = False,
+                      local_window: int = 4, recency_decay: float = 0.95, target_sparsity: float | None = None,
+                      recency: str = "additive") -> tuple[Array, Array]:
+    """Event Radar's gate for one query per (batch, head): ``(mask bool, scores fp32)``, both [batch, heads, blocks].
+
+    ``s = scale * (q.mu^ + ||q|| r (1 + sqrt(var)) conc)``, the last two factors with their flags; a block is kept iff ``s >
+    threshold``, or, with ``target_sparsity``, if it is among the ``max(1, round(blocks * (1 - target)))`` best (ties to the
+    smaller index). With ``is_causal`` recent blocks are favoured and the last ``local_window`` blocks kept besides:
+    ``s + log(recency_decay) * age``; ``recency="legacy"`` is the published factor, which favours the oldest block.
+
+    A heuristic: normalised means against raw queries bound nothing, so no certificate ever rests on it. query [batch,
+    heads, head_dim]; the rest as :func:`precompute_metadata` returns it. Raises ValueError if a flag's statistic is missing.
+    """
+    _rank("query", query, "[batch, heads, head_dim]")
+    _rank("means", means, "[batch, heads, blocks, head_dim]")
+    if (*query.shape[:2], query.shape[2]) != (*means.shape[:2], means.shape[3]) or tuple(radii.shape) != tuple(means.shape[:3]):
+        raise checks.error("means, radii", f"must fit a query of shape {tuple(query.shape)}",
+                           f"shapes {tuple(means.shape)} and {tuple(radii.shape)}", "pass what precompute_metadata returned")
+    for flag, name, given, wanted in (("use_variance", "block_variances", block_variances, use_variance),
+                                      ("use_concentration", "block_concentrations", block_concentrations, use_concentration)):
+        if wanted and given is None:
+            raise checks.error(name, f"must be given with {flag}=True", "None", f"compute it with precompute_metadata(compute_{name.removeprefix('block_')[:-1]}=True)")
+    checks.threshold("threshold", threshold)
+    checks.positive_int("local_window", local_window, "use 0 for none", least=0)
+    check_recency(recency, recency_decay)
+    if target_sparsity is not None:
+        checks.share("target_sparsity", target_sparsity, "0.8 drops 80 % of the blocks")
+    scale = 1.0 / math.sqrt(query.shape[2]) if scale is None else scale
+    options = (float(threshold), scale, is_causal, local_window, recency_decay, target_sparsity, recency)
+    variances, concentrations = (x if wanted else None for x, wanted in ((block_variances, use_variance), (block_concentrations, use_concentration)))
+    if arrays.namespace(query).name == "torch":
+        from sieve_attn.layers.operators import aether_gate
+
+        return aether_gate(query, means, radii, variances, concentrations, *options)
+    return gate(query, means, radii, variances, concentrations, *options)
+
+
+def gate(query, means, radii, variances, concentrations, threshold, scale, is_causal, local_window, recency_decay,
+         target_sparsity, recency) -> tuple[Array, Array]:
+    """:func:`run_aether_sparse` without its checks."""
+    xp = arrays.namespace(query)
+    query, means, radii = (xp.cast(x, xp.float32) for x in (query, means, radii))
+    alignment = (query[:, :, None, :] * means).sum(-1)
+    scores = radar_scores(alignment, xp.norm(query)[..., None], radii, scale, variance=variances, concentration=concentrations)
+    blocks = scores.shape[-1]
+    age = xp.cast(blocks - 1 - xp.arange(0, blocks, scores), scores.dtype)
+    if is_causal:
+        scores = add_recency(scores, age, recency_decay, recency)
+    if target_sparsity is None:
+        mask = scores > threshold
+    else:
+        keep = target_blocks(xp.full((1,), blocks, xp.int64, scores), target_sparsity)
+        _, order = xp.sort_descending(scores, -1)
+        mask = xp.inverse_permutation(order, -1) < keep
+    return (mask | (age < local_window) if is_causal else mask), scores

@@ -1,0 +1,143 @@
+"""The oracle: dense, masked, float64-capable. It knows no tile size and calls no kernel; every backend must match it.
+
+``out_i = sum_{j kept} exp(s_ij - lse_i) v_j``, ``lse_i = log(sum_{j kept} exp(s_ij) [+ exp(sink)])``, with
+``s = cap(scale * q.k) + bias``. A query with nothing to see gives zeros and ``lse = -inf``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sieve_attn import arrays
+from sieve_attn.attend import far_field as far
+from sieve_attn.attend.far_field import FarField
+from sieve_attn.bounds import soft_cap
+from sieve_attn.types import Call, Rows, Selection
+
+Array = Any
+
+
+def why_not(request: Any) -> tuple[str, ...]:
+    """The reference runs everything."""
+    return ()
+
+
+def attend(call: Call, selection: Selection, far_field: FarField | None = None) -> tuple[Array, Array]:
+    """``(output [batch, q_heads, q_len, v_dim] in the query's dtype, lse [batch, q_heads, q_len])``."""
+    xp = arrays.namespace(call.query)
+    outputs, sums = [], []
+    for start, stop in call.chunks():
+        rows = call.rows(start, stop, call.kv_stop(stop))
+        kept = selection.rows(start, stop, call.query)[..., : rows.visible.shape[-1]]
+        out, lse = attend_rows(rows, call.compute("value"), kept)
+        if far_field is not None:
+            out, lse = far.add_far_field(rows, kept, out, lse, far_field, call)
+        outputs.append(xp.cast(out, call.query.dtype))
+        sums.append(lse)
+    return xp.concat(outputs, 2), xp.concat(sums, 2)
+
+
+def _masked_logits(rows: Rows, kept: Array) -> tuple[Array, Array]:
+    """``(capped logits before the bias, final logits)``, the latter -inf wherever a key is not kept or not visible."""
+    xp = arrays.namespace(rows.query)
+    batch, heads, n, dim = rows.query.shape
+    logits = rows.query.reshape(batch, rows.key.shape[1], -1, dim) @ xp.transpose_last(rows.key)
+    capped = soft_cap(xp, logits.reshape(batch, heads, n, -1) * rows.scale, rows.softcap)
+    if kept.shape[1] not in (1, heads):
+        kept = xp.repeat_each(kept, heads // kept.shape[1], 1)
+    return capped, xp.where(kept & rows.visible, capped if rows.bias is None else capped + rows.bias, -math.inf)
+
+
+def _probability(xp, logits: Array, lse: Array) -> Array:
+    nothing = (lse < 0) & ~xp.isfinite(lse) & ~xp.isnan(lse)
+    return xp.exp(logits - xp.where(nothing, 0.0, lse)[..., None])
+
+
+def attend_rows(rows: Rows, value: Array, kept: Array) -> tuple[Array, Array]:
+    """One chunk: softmax over the visible keys that ``kept`` [batch | 1, heads | 1, rows, keys] keeps."""
+    xp = arrays.namespace(rows.query)
+    batch, heads, n, _ = rows.query.shape
+    _, logits = _masked_logits(rows, kept)
+    lse = xp.logsumexp(logits, -1)
+    if rows.sink is not None:
+        lse = xp.logaddexp(lse, xp.cast(rows.sink, lse.dtype)[None, :, None])
+    value = value[:, :, : logits.shape[-1]]
+    out = _weighted(xp, _probability(xp, logits, lse), value, batch, rows.key.shape[1])
+    return out.reshape(batch, heads, n, -1), lse
+
+
+def backward(call: Call, selection: Selection, grad_output: Array, grad_lse: Array, far_field: FarField | None = None) -> dict[str, Array]:
+    """Gradients of query, key and value, and of bias and sink where the call has them. The kept set is a constant.
+
+    ``dV = P^T dO``; ``dS = P * (dO V^T - rowsum(dO * O) + dlse)``; ``dQ = scale dS' K``, ``dK = scale dS'^T Q`` with ``dS'`` the
+    gradient before the cap; a sink logit has the value zero.
+    """
+    xp = arrays.namespace(call.query)
+    dtype = xp.compute_dtype(call.query)
+    grads = {n: xp.zeros(tuple(getattr(call, n).shape), dtype, call.query) for n in ("query", "key", "value", "bias", "sink")
+             if getattr(call, n) is not None}  # fmt: skip
+    for start, stop in call.chunks():
+        rows = call.rows(start, stop, call.kv_stop(stop))
+        seen = rows.visible.shape[-1]
+        kept = selection.rows(start, stop, call.query)[..., :seen]
+        value = call.compute("value")[:, :, :seen]
+        out, lse = attend_rows(rows, value, kept)
+        d_out = xp.cast(grad_output[:, :, start:stop], dtype)
+        # a row with nothing to see has a constant output and lse
+        d_lse = xp.where(lse == -math.inf, 0.0, xp.cast(grad_lse[:, :, start:stop], dtype))
+        if far_field is not None:
+            out, lse = far.add_far_field(rows, kept, out, lse, far_field, call)
+        shift = d_lse - (d_out * out).sum(-1)
+        if far_field is not None:
+            far.add_far_gradients(rows, kept, lse, shift, d_out, far_field, call, grads, start)
+        capped, logits = _masked_logits(rows, kept)
+        p = _probability(xp, logits, lse)
+        batch, heads, n, _ = p.shape
+        kv_heads = rows.key.shape[1]
+
+        def by_group(x, batch=batch, kv_heads=kv_heads):
+            return x.reshape(batch, kv_heads, -1, x.shape[-1])
+
+        grads["value"][:, :, :seen] += xp.transpose_last(by_group(p)) @ by_group(d_out)
+        hidden = xp.where(xp.isfinite(value), value, 0.0)
+        d_logits = p * ((by_group(d_out) @ xp.transpose_last(hidden)).reshape(p.shape) + shift[..., None])
+        if rows.sink is not None:
+            to_sink = _probability(xp, xp.cast(rows.sink, dtype)[None, :, None, None], lse)[..., 0] * shift
+            grads["sink"] += to_sink.sum(-1).sum(0)
+        if rows.bias is not None:
+            _add_bias_gradient(grads["bias"], d_logits, start, stop, seen)
+        if rows.softcap is not None:
+            d_logits = d_logits * (1.0 - (capped / rows.softcap) ** 2)
+        d_logits = d_logits * rows.scale
+        grads["query"][:, :, start:stop] += (by_group(d_logits) @ rows.key).reshape(batch, heads, n, -1)
+        grads["key"][:, :, :seen] += xp.transpose_last(by_group(d_logits)) @ by_group(rows.query)
+    return {n: xp.cast(g, getattr(call, n).dtype) for n, g in grads.items()}
+
+
+def _add_bias_gradient(total: Array, d_logits: Array, start: int, stop: int, seen: int) -> None:
+    """Sum over whatever axes the bias was broadcast along."""
+    for axis in (0, 1):
+        if total.shape[axis] == 1:
+            d_logits = d_logits.sum(axis)[(slice(None),) * axis + (None,)]
+    rows = slice(None) if total.shape[2] == 1 else slice(start, stop)
+    if total.shape[2] == 1:
+        d_logits = d_logits.sum(2)[:, :, None]
+    if total.shape[3] == 1:
+        total[:, :, rows] += d_logits.sum(3)[..., None]
+    else:
+        total[:, :, rows, :seen] += d_logits
+
+
+def _weighted(xp, probability: Array, value: Array, batch: int, kv_heads: int) -> Array:
+    """Probabilities times values, where a weight of exactly zero hides even a NaN or an infinity."""
+    flat = probability.reshape(batch, kv_heads, -1, probability.shape[-1])
+    good = xp.isfinite(value)
+    if bool(good.all()):
+        return flat @ value
+    out = flat @ xp.where(good, value, 0.0)
+    touched = xp.cast(flat != 0, value.dtype)
+    for kind, mark in ((xp.isnan(value), math.nan), (value == math.inf, math.inf), (value == -math.inf, -math.inf)):
+        hits = touched @ xp.cast(kind, value.dtype)
+        out = xp.where(hits > 0, out + mark, out)
+    return out

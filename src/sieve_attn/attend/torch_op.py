@@ -1,0 +1,213 @@
+"""PyTorch operators over the attend stage: one forward, one backward, whatever backend computes them.
+
+``sieve_attn::attend`` takes a selection; ``sieve_attn::attention`` runs the whole pipeline in one opaque step, so that
+``torch.compile(fullgraph=True)`` works although what is selected depends on the data. In both the kept set is a constant:
+gradients go through the masked softmax, and a dropped (tile, block) pair contributes exactly zero.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sieve_attn import dispatch, policies
+from sieve_attn import geometry as stage_geometry
+from sieve_attn.attend import far_field as far
+from sieve_attn.types import Blocks, Call, Offsets, Ranges, Selection, Tokens
+
+_KINDS = {kind.__name__: kind for kind in (Blocks, Ranges, Offsets, Tokens)}
+
+
+def pack(selection: Selection) -> tuple[list[Tensor], str]:
+    """A selection as operator arguments: its tensors, and everything else as text."""
+    tensors, spec = [], []
+    for part in selection.parts:
+        plain, places = {}, {}
+        for name in (f.name for f in fields(part)):
+            item = getattr(part, name)
+            if isinstance(item, Tensor):
+                places[name] = len(tensors)
+                tensors.append(item)
+            else:
+                plain[name] = item
+        spec.append((type(part).__name__, plain, places))
+    return tensors, repr(spec)
+
+
+def unpack(tensors: list[Tensor], spec: str) -> Selection:
+    parts = []
+    for kind, plain, places in ast.literal_eval(spec):
+        parts.append(_KINDS[kind](**plain, **{name: tensors[i] for name, i in places.items()}))
+    return Selection(tuple(parts))
+
+
+def _call(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window) -> Call:
+    return Call(query, key, value, causal, scale, mask, key_mask, bias, softcap, cu_seqlens, sink, window)
+
+
+def _field(call: Call, block_size: int) -> far.FarField | None:
+    if not block_size:
+        return None
+    geometry = stage_geometry.build(call.key, block_size, policies.FAR_FIELD_STATISTICS, value=call.value, key_mask=call.key_mask)
+    return far.FarField(geometry, policies.FAR_FIELD_BOUND)
+
+
+@torch.library.custom_op("sieve_attn::attend", mutates_args=())
+def attend_op(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, key_mask: Tensor | None, bias: Tensor | None,
+    cu_seqlens: Tensor | None, sink: Tensor | None, causal: bool, scale: float, softcap: float | None, window: int | None,
+    parts: list[Tensor], spec: str, backend: str, far_block: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call = _call(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window)
+    return dispatch.module(backend).attend(call, unpack(parts, spec), _field(call, far_block))
+
+
+@torch.library.custom_op("sieve_attn::attend_backward", mutates_args=())
+def backward_op(
+    grad_output: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+    key_mask: Tensor | None, bias: Tensor | None, cu_seqlens: Tensor | None, sink: Tensor | None, causal: bool, scale: float,
+    softcap: float | None, window: int | None, parts: list[Tensor], spec: str, backend: str, far_block: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key, value, bias and sink (empty where absent)."""
+    call = _call(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window)
+    made = dispatch.module(backend).backward(call, unpack(parts, spec), grad_output, grad_lse, _field(call, far_block))
+    return tuple(made[n] if n in made else query.new_empty(0) for n in ("query", "key", "value", "bias", "sink"))
+
+
+def _like(x: Tensor | None, query: Tensor) -> Tensor:
+    return query.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@backward_op.register_fake
+def _(grad_output, grad_lse, query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window, parts,
+      spec, backend, far_block):
+    return tuple(_like(x, query) for x in (query, key, value, bias, sink))
+
+
+def _empty_output(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, n, _ = query.shape
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(batch, heads, n, value.shape[3]), query.new_empty(batch, heads, n, dtype=wide)
+
+
+@attend_op.register_fake
+def _(query, key, value, *rest):
+    return _empty_output(query, value)
+
+
+def _save(ctx: Any, inputs: tuple, parts: list[Tensor], spec: str, backend: str, far_block: int) -> None:
+    query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window = inputs
+    optional = [mask, key_mask, bias, cu_seqlens, sink]
+    ctx.present = [x is not None for x in optional]
+    ctx.save_for_backward(query, key, value, *(x for x in optional if x is not None), *parts)
+    ctx.plain = (causal, scale, softcap, window)
+    ctx.selection = (spec, backend, far_block)
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple:
+    query, key, value, *rest = ctx.saved_tensors
+    rest = list(rest)
+    mask, key_mask, bias, cu_seqlens, sink = (rest.pop(0) if there else None for there in ctx.present)
+    spec, backend, far_block = ctx.selection
+    grads = backward_op(grad_output, grad_lse, query, key, value, mask, key_mask, bias, cu_seqlens, sink, *ctx.plain, rest,
+                        spec, backend, far_block)
+    dq, dk, dv, dbias, dsink = grads
+    return dq, dk, dv, None, None, None if bias is None else dbias, None, None if sink is None else dsink, None, None, None, None
+
+
+def _setup_attend(ctx, inputs, output):
+    *tensors, parts, spec, backend, far_block = inputs
+    _save(ctx, tuple(tensors), parts, spec, backend, far_block)
+
+
+def _backward_attend(ctx, grad_output, grad_lse):
+    # a selection's own tensors are indices: no gradient, one None for each
+    count = len(ctx.saved_tensors) - 3 - sum(ctx.present)
+    return (*_backward(ctx, grad_output, grad_lse), [None] * count, None, None, None)
+
+
+attend_op.register_autograd(_backward_attend, setup_context=_setup_attend)
+
+
+def attend(call: Call, selection: Selection, backend: str, field: far.FarField | None) -> tuple[Tensor, Tensor]:
+    parts, spec = pack(selection)
+    return attend_op(
+        call.query, call.key, call.value, call.mask, call.key_mask, call.bias, call.cu_seqlens, call.sink, call.causal,
+        call.scale, call.softcap, call.window, parts, spec, backend, 0 if field is None else field.geometry.block_size,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("sieve_attn::attention", mutates_args=())
+def attention_op(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, key_mask: Tensor | None, bias: Tensor | None,
+    cu_seqlens: Tensor | None, sink: Tensor | None, causal: bool, scale: float | None, softcap: float | None,
+    window: int | None, policy: str, per_query: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The whole pipeline: ``(output, lse, row_ptr, block_index, row_mask)``, the last three empty where no blocks are chosen."""
+    from sieve_attn.pipeline import attention
+
+    output, lse, report = attention(
+        query, key, value, policies.parse(policy), mask=mask, key_mask=key_mask, bias=bias, cu_seqlens=cu_seqlens, sink=sink,
+        causal=causal, scale=scale, softcap=softcap, window=window, per_query=per_query, backend=backend, return_lse=True,
+        return_report=True,
+    )  # fmt: skip
+    blocks = report.selection.blocks
+    if blocks is None:
+        return output, lse, *(query.new_empty(0, dtype=t) for t in (torch.int64, torch.int32, torch.bool))
+    row_mask = blocks.row_mask if blocks.row_mask is not None else query.new_empty(0, dtype=torch.bool)
+    return output, lse, blocks.row_ptr.clone(), blocks.block_index.clone(), row_mask.clone()
+
+
+def _grid(query: Tensor, key: Tensor, policy: policies.Policy, causal: bool) -> dict[str, int] | None:
+    """The block grid of the selection that ``policy`` makes for these shapes, or None where it makes none."""
+    if not policy.chooses_blocks or key.shape[2] < policy.min_seq_length:
+        return None
+    lead = (key.shape[2] - query.shape[2]) % policy.query_tile if causal else 0
+    heads = key.shape[1] if policy.share_group else query.shape[1]
+    return {"batch": query.shape[0], "heads": heads, "q_len": query.shape[2], "kv_len": key.shape[2],
+            "q_block": policy.query_tile, "kv_block": policy.block_size, "lead": lead}
+
+
+@attention_op.register_fake
+def _(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window, policy, per_query, backend):
+    chosen = policies.parse(policy)
+    grid = _grid(query, key, chosen, causal)
+    output, lse = _empty_output(query, value)
+    if grid is None:
+        return output, lse, *(query.new_empty(0, dtype=t) for t in (torch.int64, torch.int32, torch.bool))
+    tiles = -(-(grid["q_len"] + grid["lead"]) // grid["q_block"])
+    entries = torch.library.get_ctx().new_dynamic_size()
+    row_mask = query.new_empty((entries, grid["q_block"]) if per_query else 0, dtype=torch.bool)
+    row_ptr = query.new_empty(grid["batch"] * grid["heads"] * tiles + 1, dtype=torch.int64)
+    return output, lse, row_ptr, query.new_empty(entries, dtype=torch.int32), row_mask
+
+
+def _setup_attention(ctx, inputs, output):
+    (query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window, policy, per_query, backend) = inputs
+    chosen = policies.parse(policy)
+    grid = _grid(query, key, chosen, causal)
+    if grid is None:
+        pattern = None if key.shape[2] < chosen.min_seq_length else chosen.keep
+        plain = Ranges(query.shape[2], key.shape[2], prefix=key.shape[2]) if pattern is None else None
+        selection = Selection((plain,)) if plain else pattern.selection(query.shape[2], key.shape[2], causal=causal)
+        parts, spec = pack(selection)
+    else:
+        parts = [output[2], output[3]] + ([output[4]] if per_query else [])
+        places = {"row_ptr": 0, "block_index": 1} | ({"row_mask": 2} if per_query else {})
+        spec = repr([("Blocks", {n: int(v) for n, v in grid.items()}, places)])
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    inputs = (query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window)
+    request = dispatch.Request("torch", query.device.type, str(query.dtype).removeprefix("torch."), query.shape[3], value.shape[3], chosen.far_field)
+    _save(ctx, inputs, parts, spec, dispatch.choose(backend, request)[0], chosen.block_size if chosen.far_field and grid else 0)
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _backward_attention(ctx, grad_output, grad_lse, *_):
+    return (*_backward(ctx, grad_output, grad_lse), None, None, None)
+
+
+attention_op.register_autograd(_backward_attention, setup_context=_setup_attention)

@@ -1,0 +1,135 @@
+"""Reference certificate: ``delta <= P / (P + K)``, P the summed upper bounds of what was dropped, K the mass that was kept."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sieve_attn import arrays
+from sieve_attn.attend.far_field import FarField, expand, front
+from sieve_attn.bounds import UNIT, dropped_mass, kept_mass, logit_margin
+from sieve_attn.checks import error
+from sieve_attn.scores.base import Bound, exact_logits, grouped, per_query_head, query_norm, split_blocks, visible_count
+from sieve_attn.types import Call, Certificate, Geometry, Rows, Selection
+
+Array = Any
+
+
+def certify(call: Call, selection: Selection, geometry: Geometry, bound: Bound, lse: Array, output: Array | None = None,
+            far_field: FarField | None = None) -> Certificate:
+    """Bound the softmax mass that ``selection`` dropped, per query, whoever chose it.
+
+    ``lse`` is what attending over the selection returned (without a far field). With ``output`` and value statistics in the
+    geometry, ``||dense output - output||`` is bounded as well: ``delta * max over dropped B (||nu_B - o'|| + rho_B)``.
+    Raises TypeError for a scorer that is no Bound, ValueError where fp32 products are not fp32.
+    """
+    xp = arrays.namespace(call.query)
+    if not isinstance(bound, Bound):
+        raise error("bound", "must be a Bound: heuristics rank but prove nothing", repr(bound), "use KeySketch(bits=8)", TypeError)
+    require_full_precision(xp, call.query)
+    masses, errors = [], []
+    with xp.no_grad():
+        for start, stop in call.chunks():
+            seen = call.kv_stop(stop, geometry.block_size)
+            rows, part = call.rows(start, stop, seen), front(geometry, seen)
+            kept = selection.rows(start, stop, call.query)[..., :seen]
+            delta, dropped, scores = _dropped(xp, rows, part, bound, kept, lse[:, :, start:stop])
+            masses.append(xp.cast(delta, xp.float32))
+            if output is not None and geometry.value_mean is not None:
+                made = xp.cast(output[:, :, start:stop], rows.query.dtype)
+                if far_field is None:
+                    bad = delta * _reach(xp, rows, part, dropped, made, call)
+                else:
+                    bad = _far_error(xp, rows, part, kept, dropped, scores, made, lse[:, :, start:stop], call)
+                errors.append(xp.cast(xp.where(delta == 0, 0.0, bad * (1 + 64 * UNIT)), xp.float32))
+    output_error = xp.concat(errors, 2) if errors else None
+    return Certificate(xp.concat(masses, 2), repr(bound), output_error)
+
+
+def require_full_precision(xp: Any, query: Array) -> None:
+    """The rounding margins hold for fp32 products: TF32 and bf16 shortcuts for fp32 matmuls are refused."""
+    if xp.name == "torch":
+        precision = xp.matmul_precision(query)
+        if precision != "highest":
+            raise error("float32 matmul precision", "must be 'highest' for a certificate to hold", repr(precision),
+                        "call torch.set_float32_matmul_precision('highest')")
+
+
+def _dropped(xp, rows: Rows, geometry: Geometry, bound: Bound, kept: Array, lse: Array):
+    """``(delta, dropped blocks, scores)`` of one chunk."""
+    size = geometry.block_size
+    scores = bound.score(rows, geometry, brackets=True)
+    heads = rows.query.shape[1]
+    if kept.shape[1] not in (1, heads):
+        kept = xp.repeat_each(kept, heads // kept.shape[1], 1)
+    left = xp.any_(split_blocks(rows.visible & ~kept, size, False), -1)
+    dropped = xp.broadcast_to(left, scores.upper.shape)
+    log_p = xp.logsumexp(xp.where(dropped, scores.upper, -math.inf), -1)
+    log_p = log_p + (scores.upper.shape[-1] + 16) * UNIT
+    seen = visible_count(rows, size) > 0
+    norm = xp.amax(xp.where(seen, per_query_head(geometry.key_norm, rows)[:, :, None, :], 0.0), -1)
+    margin = logit_margin(rows.scale, query_norm(rows)[..., 0], norm, rows.query.shape[-1] + 8)
+    log_k = kept_mass(xp, xp.cast(lse, rows.query.dtype), margin=margin, additions=rows.visible.shape[-1])
+    delta = dropped_mass(xp, log_k, log_p)
+    broken = xp.any_(seen & ~per_query_head(geometry.finite, rows)[:, :, None, :], -1)
+    return xp.where(broken | ~xp.isfinite(query_norm(rows)[..., 0]), 1.0, delta), dropped, scores
+
+
+def _distance(xp, means: Array, made: Array, rows: Rows, exact_output: bool) -> Array:
+    """At least ``||nu_B - o'||``, [batch, q_heads, rows, blocks], without an array of rows x blocks x v_dim."""
+    square_mean = per_query_head((means**2).sum(-1), rows)[:, :, None, :]
+    square_made = (made**2).sum(-1)[..., None]
+    square = square_mean + square_made - 2.0 * grouped(made, means)
+    slack = (means.shape[-1] + 16) * 4 * UNIT * (square_mean + square_made)
+    rounding = 0.0 if exact_output else 2.0**-8 * xp.sqrt(square_made)
+    return xp.sqrt(xp.maximum(square, 0.0) + slack) + rounding
+
+
+def _reach(xp, rows: Rows, geometry: Geometry, dropped: Array, made: Array, call: Call) -> Array:
+    """The largest ``||nu_B - o'|| + rho_B`` over the dropped blocks."""
+    exact_output = xp.itemsize(call.query.dtype) >= 4
+    far = _distance(xp, geometry.value_mean, made, rows, exact_output)
+    far = far + per_query_head(geometry.value_radius, rows)[:, :, None, :]
+    return xp.amax(xp.where(dropped, far, 0.0), -1)
+
+
+def _far_error(xp, rows, geometry, kept, dropped, scores, made, lse, call) -> Array:
+    """``sum_B [max(U - m, m - L) d_B + U rho_B] / Z_low`` with ``d_B = ||nu_B - o''||`` and ``Z_low = K + sum L_B``."""
+    mass = expand(rows, kept, geometry, _Known(scores), call).mass
+    lower = xp.where(dropped, scores.lower, -math.inf)
+    log_z = xp.logaddexp(lse, xp.logsumexp(lower, -1))[..., None] - 1e-3
+    upper, expanded, lower = (xp.exp(x - log_z) for x in (xp.where(dropped, scores.upper, -math.inf), mass, lower))
+    distance = _distance(xp, geometry.value_mean, made, rows, xp.itemsize(call.query.dtype) >= 4)
+    radius = per_query_head(geometry.value_radius, rows)[:, :, None, :]
+    each = xp.maximum(upper - expanded, expanded - lower) * distance + upper * radius
+    return xp.where(dropped, each, 0.0).sum(-1)
+
+
+class _Known(Bound):
+    """Brackets that were computed already."""
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def score(self, rows, geometry, *, brackets=False):
+        return self.scores
+
+
+def true_dropped_mass(call: Call, selection: Selection) -> Array:
+    """[batch, q_heads, q_len] the dropped softmax mass itself, from every key: the truth that certificates must cover."""
+    xp = arrays.namespace(call.query)
+    out = []
+    with xp.no_grad():
+        for start, stop in call.chunks():
+            rows = call.rows(start, stop)
+            kept = selection.rows(start, stop, call.query)
+            heads = rows.query.shape[1]
+            if kept.shape[1] not in (1, heads):
+                kept = xp.repeat_each(kept, heads // kept.shape[1], 1)
+            logits = exact_logits(rows)
+            every = xp.logsumexp(logits, -1)
+            if rows.sink is not None:
+                every = xp.logaddexp(every, xp.cast(rows.sink, every.dtype)[None, :, None])
+            lost = xp.logsumexp(xp.where(kept, -math.inf, logits), -1)
+            out.append(xp.where(lost == -math.inf, 0.0, xp.exp(lost - every)))
+    return xp.concat(out, 2)

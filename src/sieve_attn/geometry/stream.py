@@ -1,0 +1,82 @@
+"""A geometry that grows with its cache in place: buffers double, so that appending costs O(new keys)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sieve_attn import arrays
+from sieve_attn.geometry.edit import head, map_arrays, reorder, sealed_blocks, tail
+from sieve_attn.geometry.reference import build
+from sieve_attn.types import Geometry, Statistics
+
+Array = Any
+
+
+class Stream:
+    """Streaming geometry of one layer's key cache.
+
+    ``update`` after every change of the cache (append or crop), ``reorder`` and ``reset`` with it; ``geometry`` is the
+    current view. Views share the buffers: use them before the next ``update``.
+    """
+
+    def __init__(self, block_size: int, statistics: Statistics):
+        self.block_size = block_size
+        self.statistics = statistics
+        self.reset()
+
+    def reset(self) -> None:
+        self.geometry: Geometry | None = None
+        self._buffers: Geometry | None = None
+
+    def update(self, key: Array, *, value: Array | None = None, key_mask: Array | None = None, unchanged: int | None = None) -> Geometry:
+        """Follow the cache to ``key`` [batch, kv_heads, kv_len, dim], of which the first ``unchanged`` keys are as before."""
+        kv_len = int(key.shape[2])
+        known = 0 if self.geometry is None else self.geometry.kv_len
+        same = min(known if unchanged is None else unchanged, known, kv_len)
+        if self.geometry is not None and same == kv_len == known:
+            return self.geometry
+        sealed = 0 if self.geometry is None else sealed_blocks(self.geometry, same)
+        if sealed == 0:
+            self._replace(build(key, self.block_size, self.statistics, value=value, key_mask=key_mask))
+            return self.geometry
+        blocks = -(-kv_len // self.block_size)
+        if sealed * self.block_size < kv_len:
+            self._reserve(blocks)
+            self._write(tail(self.geometry, sealed, key, value, key_mask), sealed)
+        self.geometry = map_arrays(self._buffers, head, blocks, kv_len, kv_len)
+        return self.geometry
+
+    def reorder(self, index: Array) -> None:
+        """Follow a cache whose batch was permuted, repeated or cut: sequence ``i`` is now the former ``index[i]``."""
+        if self.geometry is not None:
+            self._replace(reorder(self.geometry, index))
+
+    def _replace(self, geometry: Geometry) -> None:
+        self.geometry = self._buffers = geometry
+
+    def _reserve(self, blocks: int) -> None:
+        if self._buffers.blocks >= blocks and self._buffers.kv_len >= blocks * self.block_size:
+            return
+        xp = arrays.namespace(self.geometry.count)
+        capacity = 2 * blocks
+
+        def grow(x, axis, length):
+            bigger = xp.allocate_like(x, axis, length)
+            bigger[(slice(None),) * axis + (slice(0, x.shape[axis]),)] = x
+            return bigger
+
+        keys = capacity * self.block_size
+        self._buffers = map_arrays(self.geometry, grow, capacity, keys, keys)
+
+    def _write(self, rest: Geometry, sealed: int) -> None:
+        at = {"key": sealed * self.block_size, "block": sealed}
+
+        def put(target, axis, what, source):
+            span = slice(at[what], at[what] + source.shape[axis])
+            target[(slice(None),) * axis + (span,)] = source
+
+        sources, targets = [], []
+        map_arrays(rest, lambda x, axis, n: sources.append((x, axis, n)), "block", "key", 0)
+        map_arrays(self._buffers, lambda x, axis, n: targets.append(x), "block", "key", 0)
+        for target, (source, axis, what) in zip(targets, sources, strict=True):
+            put(target, axis, what, source)

@@ -1,0 +1,226 @@
+"""The data flow, one call per stage: read this first.
+
+    key -> geometry -> scores -> selection (+ forced pattern) -> attend -> output (+ lse) -> certificate
+
+A key arrives here, is summarised into its block's Geometry, the block is scored against a query tile, selected or not, and
+if selected is read once by ``attend``; if not, it leaves its bound in the Certificate.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+from sieve_attn import arrays, checks, dispatch
+from sieve_attn import geometry as stage_geometry
+from sieve_attn.attend import far_field as far
+from sieve_attn.certify import certify
+from sieve_attn.policies import FAR_FIELD_BOUND, FAR_FIELD_STATISTICS, Policy
+from sieve_attn.selection.reference import Tiles, choose
+from sieve_attn.types import Blocks, Call, Certificate, Fallback, Geometry, Ranges, Report, Selection, Statistics
+
+Array = Any
+
+
+def attention(query: Array, key: Array, value: Array, policy: Policy | None = None, *, causal: bool = False,
+              scale: float | None = None, mask: Array | None = None, key_mask: Array | None = None,
+              bias: Array | None = None, softcap: float | None = None, geometry: Geometry | None = None,
+              selection: Selection | None = None, cu_seqlens: Array | None = None, per_query: bool = False,
+              backend: str = "auto", return_lse: bool = False, return_report: bool = False, sink: Array | None = None,
+              window: int | None = None, dropout: float = 0.0) -> Any:
+    """Attention over the keys that ``policy`` keeps: ``softmax(cap(scale * q k^T) + bias) v`` restricted to the selection.
+
+    query [batch, q_heads, q_len, dim]; key, value [batch, kv_heads, kv_len, dim | v_dim]; ``q_heads % kv_heads == 0``.
+    ``scale`` defaults to ``dim ** -0.5``. Query ``i`` sits at position ``kv_len - q_len + i``. ``mask`` [batch | 1, q_heads | 1,
+    q_len, kv_len] and ``key_mask`` [batch, kv_len] are True where a query may attend; ``bias`` is added to the capped logits;
+    ``cu_seqlens`` [sequences + 1] packs sequences; ``window`` hides keys that many positions away or farther; ``sink``
+    [q_heads] is a logit that takes mass and gives no value. ``per_query``: each row keeps only what it chose itself.
+    A ready ``geometry`` or ``selection`` skips the stages before it.
+
+    Returns the output [batch, q_heads, q_len, v_dim], then ``lse`` [batch, q_heads, q_len] with ``return_lse`` and a
+    :class:`~sieve_attn.types.Report` with ``return_report``. Raises ValueError (or TypeError) before any work.
+
+    With ``policy=None`` it equals::
+
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
+    """
+    policy = Policy() if policy is None else policy
+    checks.policy_like(policy, Policy)
+    if _compiling():
+        # what is selected depends on the data: the compiler sees one operator
+        from sieve_attn.torch import compiled
+
+        return compiled(query, key, value, policy.text, geometry=geometry, selection=selection, return_report=return_report,
+                        return_lse=return_lse, causal=causal, scale=scale, mask=mask, key_mask=key_mask, bias=bias,
+                        softcap=softcap, cu_seqlens=cu_seqlens, sink=sink, window=window, per_query=per_query, backend=backend,
+                        dropout=dropout)
+    query, key, value = _front_end(query, key, value)
+    call = _call(query, key, value, causal=causal, scale=scale, mask=mask, key_mask=key_mask, bias=bias, softcap=softcap,
+                 cu_seqlens=cu_seqlens, sink=sink, window=window, dropout=dropout)
+    name, why = dispatch.choose(backend, _request(call, policy))
+    seconds, clock = {}, perf_counter()
+    fallbacks: tuple[Fallback, ...] = ()
+    geometry_from = "given" if geometry is not None else "keys"
+    counts = None
+
+    if selection is not None:
+        checks.selection_fits(selection, query, key)
+    elif call.kv_len < policy.min_seq_length:
+        tiles = call.query.shape[0] * call.query.shape[1]
+        fallbacks = (Fallback(f"kv_len {call.kv_len} is below min_seq_length {policy.min_seq_length}", tiles),)
+        selection = _everything(call)
+    elif not policy.chooses_blocks:
+        selection = _everything(call) if policy.keep is None else policy.keep.selection(call.q_len, call.kv_len, causal=causal)
+    else:
+        if geometry is None:
+            geometry = stage_geometry.build(key, policy.block_size, policy.statistics, value=value, key_mask=key_mask)
+        else:
+            checks.geometry_fits(geometry, key, policy.block_size, policy.statistics)
+        seconds["geometry"], clock = perf_counter() - clock, perf_counter()
+        selection, counts, fallbacks = select(call, geometry, policy, per_query=per_query)
+        seconds["selection"], clock = perf_counter() - clock, perf_counter()
+
+    field = None
+    if policy.far_field and counts is not None:
+        if not geometry.has(FAR_FIELD_STATISTICS):
+            geometry = stage_geometry.build(key, policy.block_size, policy.statistics, value=value, key_mask=key_mask)
+        field = far.FarField(geometry, FAR_FIELD_BOUND)
+    output, lse = _attend(call, selection, name, field)
+    seconds["attend"] = perf_counter() - clock
+
+    results = [output]
+    if return_lse:
+        results.append(lse)
+    if return_report:
+        kept, visible = counts if counts is not None else count_tokens(call, selection)
+        results.append(Report(
+            policy=repr(policy), backend=name, why_backend=why, bound=repr(policy.certifier), kept=kept, visible=visible,
+            requested_sparsity=None if policy.selector is None else policy.selector.requested_sparsity,
+            fallbacks=fallbacks, seconds=seconds, geometry_from=geometry_from, selection=selection,
+            certify=lambda: certificate(call, selection, policy, output, lse, geometry, field),
+        ))  # fmt: skip
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def attend(query: Array, key: Array, value: Array, selection: Selection, *, causal: bool = False, scale: float | None = None,
+           mask: Array | None = None, key_mask: Array | None = None, bias: Array | None = None, softcap: float | None = None,
+           cu_seqlens: Array | None = None, sink: Array | None = None, window: int | None = None,
+           backend: str = "auto") -> tuple[Array, Array]:
+    """The kernel stage alone: ``(output, lse)`` over the visible keys of ``selection``; see :func:`attention`."""
+    query, key, value = _front_end(query, key, value)
+    call = _call(query, key, value, causal=causal, scale=scale, mask=mask, key_mask=key_mask, bias=bias, softcap=softcap,
+                 cu_seqlens=cu_seqlens, sink=sink, window=window, dropout=0.0)
+    checks.selection_fits(selection, query, key)
+    return _attend(call, selection, dispatch.choose(backend, _request(call, Policy()))[0], None)
+
+
+def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = False):
+    """Stages 2 and 3, chunk by chunk: ``(selection, (kept, visible) key counts [batch, heads, tiles], fallbacks)``."""
+    xp = arrays.namespace(call.query)
+    if policy.selector.needs_brackets:
+        # a proof made of rounded products would be none
+        from sieve_attn.certify.reference import require_full_precision
+
+        require_full_precision(xp, call.query)
+    heads = call.key.shape[1] if policy.share_group else call.query.shape[1]
+    parts = []
+    with xp.no_grad():
+        for start, stop in call.chunks(policy.query_tile):
+            seen = call.kv_stop(stop, policy.block_size)
+            rows, front = call.rows(start, stop, seen), far.front(geometry, seen)
+            scores = policy.scorer.score(rows, front, brackets=policy.selector.needs_brackets)
+            tiles = Tiles(stop - start, call.lead(policy.query_tile) if start == 0 else 0, policy.query_tile)
+            chosen = choose(scores, rows, front, policy.selector, policy.keep, tiles=tiles, stride=policy.query_stride,
+                            heads=heads, per_query=per_query, dense_above=policy.dense_above)
+            missing = geometry.blocks - front.blocks
+            wide = xp.pad_end(chosen.tiles, 3, missing, False)
+            by_row = None if chosen.rows is None else xp.pad_end(chosen.rows, 3, missing, False)
+            parts.append(replace(chosen, tiles=wide, rows=by_row))
+    joined = {f: xp.concat([getattr(p, f) for p in parts], 2) for f in ("tiles", "kept", "visible", "dense_tiles")}
+    rows = xp.concat([p.rows for p in parts], 2) if per_query else None
+    blocks = Blocks.from_tiles(joined["tiles"], rows=rows, q_len=call.q_len, kv_len=call.kv_len, q_block=policy.query_tile,
+                               kv_block=policy.block_size, lead=call.lead(policy.query_tile))
+    fallbacks = ()
+    if policy.selector.may_turn_dense:
+        turned = int(joined["dense_tiles"].sum())
+        reason = f"{type(policy.selector).__name__} would keep more than dense_above={policy.dense_above} of a tile"
+        fallbacks = (Fallback(reason, turned),) if turned else ()
+        whole = int((joined["kept"] == joined["visible"]).sum()) - turned
+        if policy.selector.needs_brackets and whole:
+            fallbacks += (Fallback("the proof needed every visible block of a tile", whole),)
+    return Selection((blocks,)), (joined["kept"], joined["visible"]), fallbacks
+
+
+def certificate(call: Call, selection: Selection, policy: Policy, output: Array, lse: Array, geometry: Geometry | None = None,
+                field: Any = None) -> Certificate:
+    """Stage 5: the certificate of what a call dropped, by the policy's bound, with value statistics for the output error."""
+    xp = arrays.namespace(call.query)
+    asked = policy.certifier.statistics | Statistics(value=True)
+    if field is not None:
+        asked = asked | FAR_FIELD_STATISTICS
+    if geometry is None or not geometry.has(asked):
+        geometry = stage_geometry.build(call.key, policy.block_size, asked, value=call.value, key_mask=call.key_mask)
+    near = lse
+    if field is not None:
+        # the far field's own mass is an estimate: K is what was really read
+        near = _attend(call, selection, "reference", None)[1]
+        return certify(call, selection, geometry, policy.certifier, near, output, far.FarField(geometry, FAR_FIELD_BOUND))
+    return certify(call, selection, geometry, policy.certifier, xp.detach(near), xp.detach(output))
+
+
+def count_tokens(call: Call, selection: Selection) -> tuple[Array, Array]:
+    """``(kept, visible)`` keys [batch, q_heads, 1] for selections that are not made of blocks."""
+    xp = arrays.namespace(call.query)
+    shape = (call.query.shape[0], call.query.shape[1])
+    kept, visible = 0, 0
+    for start, stop in call.chunks():
+        rows = call.rows(start, stop)
+        chosen = selection.rows(start, stop, call.query)
+        if chosen.shape[1] not in (1, shape[1]):
+            chosen = xp.repeat_each(chosen, shape[1] // chosen.shape[1], 1)
+        full = (*shape, stop - start, call.kv_len)
+        visible = visible + xp.total(xp.total(xp.broadcast_to(rows.visible, full), -1, xp.int64), -1)
+        kept = kept + xp.total(xp.total(xp.broadcast_to(rows.visible & chosen, full), -1, xp.int64), -1)
+    return kept[..., None], visible[..., None]
+
+
+def _everything(call: Call) -> Selection:
+    return Selection((Ranges(call.q_len, call.kv_len, prefix=call.kv_len),))
+
+
+def _attend(call: Call, selection: Selection, backend: str, field: Any) -> tuple[Array, Array]:
+    if arrays.namespace(call.query).name == "torch":
+        # autograd and torch.compile see one operator whatever the backend
+        from sieve_attn.attend import torch_op
+
+        return torch_op.attend(call, selection, backend, field)
+    return dispatch.module(backend).attend(call, selection, field)
+
+
+def _compiling() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
+def _front_end(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+    """What a framework does to arrays before any check: autocast casts q, k and v together."""
+    xp = arrays.namespace(query, key, value)
+    return xp.autocast(query, key, value)
+
+
+def _call(query, key, value, *, scale, dropout, **options) -> Call:
+    xp = arrays.namespace(query, key, value)
+    checks.qkv(query, key, value, xp=xp)
+    checks.attention_options(query, key, scale=scale, dropout=dropout, xp=xp,
+                             **{name: options[name] for name in ("mask", "key_mask", "bias", "softcap", "cu_seqlens", "sink", "window")})
+    return Call(query, key, value, scale=scale or 1.0 / math.sqrt(query.shape[3]), **options)
+
+
+def _request(call: Call, policy: Policy) -> dispatch.Request:
+    framework = arrays.namespace(call.query).name
+    device = str(getattr(call.query, "device", "cpu")).partition(":")[0]
+    dims = (int(call.query.shape[3]), int(call.value.shape[3]))
+    return dispatch.Request(framework, device, str(call.query.dtype).rpartition(".")[2], *dims, policy.far_field)

@@ -1,0 +1,195 @@
+"""A policy is a scorer, a selector and a forced pattern (and perhaps a far field). A preset is just such a line."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sieve_attn import patterns, scores, selection
+from sieve_attn.checks import error, positive_int, share
+from sieve_attn.patterns import Pattern, Sinks, Union, Window
+from sieve_attn.scores import Bennett, Bound, Box, Euclidean, KeySketch, Scorer
+from sieve_attn.selection import Certified as CertifiedSelector
+from sieve_attn.selection import Mass, Selector, TargetSparsity, Threshold, TopK
+from sieve_attn.types import Statistics
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How to choose. Without scorer and selector the pattern alone decides, and without a pattern attention is dense.
+
+    ``block_size`` keys a block under tiles of ``query_tile`` queries; rank and mass selectors look at every
+    ``query_stride``-th query of a tile. ``share_group``: the query heads of a KV head choose together. ``dense_above``: a tile
+    that would keep more than this share turns dense, and the report says so (``Mass`` and ``Certified`` only). Below
+    ``min_seq_length`` keys attention is dense, and the report says so. ``bound`` is what certifies; by default the scorer
+    where it is a Bound, else 8-bit keys. ``repr`` is the policy's full text; :func:`parse` reads it back.
+    """
+
+    scorer: Scorer | None = None
+    selector: Selector | None = None
+    keep: Pattern | None = None
+    block_size: int = 16
+    query_tile: int = 64
+    query_stride: int = 1
+    share_group: bool = True
+    dense_above: float = 1.0
+    far_field: bool = False
+    min_seq_length: int = 0
+    bound: Bound | None = None
+
+    def __post_init__(self):
+        # the compiler reads the text of a policy that was made outside of what it compiles
+        object.__setattr__(self, "text", repr(self))
+        kinds = (("scorer", Scorer), ("selector", Selector), ("keep", Pattern), ("bound", Bound))
+        for name, kind in kinds:
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, kind):
+                raise error(name, f"must be a {kind.__name__} or None", repr(given), f"see sieve_attn.{kind.__module__.split('.')[1]}", TypeError)
+        if (self.scorer is None) != (self.selector is None):
+            raise error("scorer, selector", "must be given together", f"{self.scorer!r}, {self.selector!r}", "a selector needs scores")
+        if self.selector is not None and self.selector.needs_brackets and not isinstance(self.scorer, Bound):
+            raise error("scorer", f"must be a Bound for {type(self.selector).__name__}: heuristics prove nothing", repr(self.scorer),
+                        "use KeySketch(bits=8)")
+        positive_int("block_size", self.block_size, "try 16 or 64")
+        positive_int("query_tile", self.query_tile, "try 64")
+        positive_int("query_stride", self.query_stride, "use 1 to look at every query, 4 for every 4th")
+        positive_int("min_seq_length", self.min_seq_length, "use 0 for no minimum", least=0)
+        share("dense_above", self.dense_above, "use 1.0 to stay sparse always")
+        if self.query_stride > self.query_tile:
+            raise error("query_stride", f"must be at most query_tile ({self.query_tile})", self.query_stride, "try 4")
+        if self.far_field and self.scorer is None:
+            raise error("far_field", "needs a scorer and a selector", self.far_field, "add them, or leave the far field out")
+
+    @property
+    def chooses_blocks(self) -> bool:
+        return self.selector is not None
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """What the geometry must hold to select."""
+        asked = Statistics() if self.scorer is None else self.scorer.statistics
+        return asked | FAR_FIELD_STATISTICS if self.far_field else asked
+
+    @cached_property
+    def certifier(self) -> Bound:
+        """The bound that certifies what this policy drops."""
+        if self.bound is not None:
+            return self.bound
+        return self.scorer if isinstance(self.scorer, Bound) else KeySketch(bits=8)
+
+
+FAR_FIELD_BOUND = Bennett()
+FAR_FIELD_STATISTICS = FAR_FIELD_BOUND.statistics | Statistics(value=True)
+
+
+def Dense() -> Policy:
+    """Every key that may be attended to."""
+    return Policy()
+
+
+def Aether(threshold: float = 0.15, block_size: int = 64) -> Policy:
+    """AETHER's Euclidean gate: keep a block iff ``max over the tile of scale * (q.mu + ||q|| r) > threshold``.
+
+    No key whose scaled logit exceeds the threshold is dropped. Softmax does not change when logits shift, so that is no
+    statement about what the dropped keys weigh; for one use :func:`Certified`.
+    """
+    return Policy(Euclidean(), Threshold(threshold), block_size=block_size, query_tile=block_size)
+
+
+def EventRadar(threshold: float = 0.15, block_size: int = 64, *, use_variance: bool = False,
+                     use_concentration: bool = False, target_sparsity: float | None = None, local_window: int = 4,
+                     sink_blocks: int = 0, recency_decay: float = 0.95, recency: str = "additive",
+                     min_seq_length: int = 0) -> Policy:
+    """AETHER's Event Radar (a heuristic): windows and sinks are in blocks; ``target_sparsity`` replaces the threshold."""
+    selector = Threshold(threshold) if target_sparsity is None else TargetSparsity(target_sparsity)
+    keep = _ends(sink_blocks * block_size, local_window * block_size)
+    scorer = scores.EventRadar(use_variance, use_concentration, recency_decay, recency)
+    return Policy(scorer, selector, keep, block_size=block_size, query_tile=block_size, min_seq_length=min_seq_length)
+
+
+def Quest(blocks: int = 64, block_size: int = 16) -> Policy:
+    """Quest: the ``blocks`` key blocks with the largest channel-wise (min/max) bound."""
+    return Policy(Box(), TopK(blocks), block_size=block_size, query_stride=4)
+
+
+def TopBlocks(k: int = 64, *, bits: int = 4, sinks: int = 16, window: int = 64, query_stride: int = 4) -> Policy:
+    """The ``k`` blocks of 16 keys that matter most by a ``bits``-bit copy of the keys, plus sinks and a window (in tokens)."""
+    return Policy(KeySketch(bits), TopK(k), _ends(sinks, window), query_stride=query_stride)
+
+
+def Adaptive(mass: float = 0.99, *, bits: int = 4, sinks: int = 16, window: int = 64, query_stride: int = 4,
+             dense_above: float = 1.0) -> Policy:
+    """The smallest set of blocks that is estimated to hold ``mass`` of every query's softmax: one knob."""
+    return Policy(KeySketch(bits), Mass(mass), _ends(sinks, window), query_stride=query_stride, dense_above=dense_above)
+
+
+def Certified(error: float = 0.02, *, bits: int = 8, sinks: int = 16, window: int = 64, dense_above: float = 1.0) -> Policy:
+    """Blocks are kept until at most ``error`` of every query's softmax mass is *proved* to be dropped."""
+    return Policy(KeySketch(bits), CertifiedSelector(error), _ends(sinks, window), dense_above=dense_above)
+
+
+def Windowed(sinks: int = 16, window: int = 1024) -> Policy:
+    """The first ``sinks`` tokens and the last ``window`` tokens, exactly those: no scores at all."""
+    positive_int("window", window, "a query needs at least itself")
+    return Policy(keep=_ends(sinks, window))
+
+
+def _ends(sinks: int, window: int) -> Pattern | None:
+    positive_int("sinks", sinks, "use 0 for none", least=0)
+    positive_int("window", window, "use 0 for none", least=0)
+    ends = ([Sinks(sinks)] if sinks else []) + ([Window(window)] if window else [])
+    return None if not ends else ends[0] if len(ends) == 1 else ends[0] | ends[1]
+
+
+PRESETS = {
+    "dense": Dense,
+    "aether": Aether,
+    "event_radar": EventRadar,
+    "quest": Quest,
+    "top_blocks": TopBlocks,
+    "adaptive": Adaptive,
+    "certified": Certified,
+    "windowed": Windowed,
+}
+
+
+def parse(text: str) -> Policy:
+    """A policy from text: a preset such as ``top_blocks(k=32)`` or the ``repr`` of any policy. Nothing is evaluated."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        raise error("policy", "must read like a call", repr(text), "try 'adaptive(mass=0.99)'") from None
+    made = _construct(tree, text)
+    if not isinstance(made, Policy):
+        raise error("policy", "must name a policy", repr(text), f"one of {', '.join(PRESETS)}, with arguments in parentheses")
+    return made
+
+
+def _construct(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        arguments = [_construct(a, text) for a in node.args]
+        named = {k.arg: _construct(k.value, text) for k in node.keywords if k.arg}
+        return _maker(node.func.id)(*arguments, **named)
+    if isinstance(node, ast.Name):
+        constants = {"inf": float("inf"), "nan": float("nan")}
+        return constants[node.id] if node.id in constants else _maker(node.id)()
+    if isinstance(node, ast.Tuple):
+        return tuple(_construct(n, text) for n in node.elts)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_construct(node.operand, text)
+    if isinstance(node, ast.Constant):
+        return node.value
+    raise error("policy", "may hold names, calls, numbers and tuples only", repr(text), "try 'adaptive(mass=0.99)'")
+
+
+def _maker(name: str) -> Any:
+    if name in PRESETS:
+        return PRESETS[name]
+    known = {"Policy": Policy, "Union": Union}
+    for table in (scores.TABLE, selection.TABLE, patterns.TABLE):
+        known |= table.classes()
+    if name not in known:
+        raise error("policy", f"must be made of known names: {', '.join([*PRESETS, *sorted(known)])}", repr(name), "check the spelling")
+    return known[name]
