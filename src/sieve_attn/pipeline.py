@@ -20,7 +20,7 @@ from sieve_attn.attend import far_field as far
 from sieve_attn.certify import certify
 from sieve_attn.policies import FAR_FIELD_BOUND, FAR_FIELD_STATISTICS, Policy
 from sieve_attn.selection.reference import Tiles, choose
-from sieve_attn.types import Blocks, Call, Certificate, Fallback, Geometry, Ranges, Report, Selection, Statistics
+from sieve_attn.types import Blocks, Call, Certificate, Fallback, Geometry, Ranges, Report, Rows, Scores, Selection, Statistics
 
 Array = Any
 
@@ -131,10 +131,11 @@ def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = 
         for start, stop in call.chunks(policy.query_tile):
             seen = call.kv_stop(stop, policy.block_size)
             rows, front = call.rows(start, stop, seen), far.front(geometry, seen)
-            scores = policy.scorer.score(rows, front, brackets=policy.selector.needs_brackets)
             tiles = Tiles(stop - start, call.lead(policy.query_tile) if start == 0 else 0, policy.query_tile)
-            chosen = choose(scores, rows, front, policy.selector, policy.keep, tiles=tiles, stride=policy.query_stride,
-                            heads=heads, per_query=per_query, dense_above=policy.dense_above)
+            scores = _score(call, policy, rows, front, start, None if per_query else tiles)
+            chosen = choose(scores, rows, front, policy.selector, policy.keep, tiles=tiles, heads=heads, per_query=per_query,
+                            dense_above=policy.dense_above,
+                            rescore=lambda rows=rows, front=front: policy.scorer.score(rows, front).estimate)
             missing = geometry.blocks - front.blocks
             wide = xp.pad_end(chosen.tiles, 3, missing, False)
             by_row = None if chosen.rows is None else xp.pad_end(chosen.rows, 3, missing, False)
@@ -152,6 +153,18 @@ def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = 
         if policy.selector.needs_brackets and whole:
             fallbacks += (Fallback("the proof needed every visible block of a tile", whole),)
     return Selection((blocks,)), (joined["kept"], joined["visible"]), fallbacks
+
+
+def _score(call: Call, policy: Policy, rows: Rows, front: Geometry, start: int, tiles: Tiles | None) -> Scores:
+    """Stage 2 on one chunk. Queries that the policy's stride passes over score -inf and cost nothing."""
+    xp = arrays.namespace(call.query)
+    if tiles is None or policy.query_stride == 1 or policy.selector.every_query:
+        return policy.scorer.score(rows, front, brackets=policy.selector.needs_brackets)
+    looked = tiles.looked_at(policy.query_stride, call.query)
+    found = policy.scorer.score(call.rows_at(looked + start, rows.visible.shape[-1]), front).estimate
+    every = xp.full((*found.shape[:2], rows.query.shape[2], found.shape[3]), -math.inf, found.dtype, found)
+    every[:, :, looked] = found
+    return Scores(every)
 
 
 def certificate(call: Call, selection: Selection, policy: Policy, output: Array, lse: Array, geometry: Geometry | None = None,

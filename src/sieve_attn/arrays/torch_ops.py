@@ -95,15 +95,15 @@ def norm(x):
 
 
 def logsumexp(x, axis):
-    """``log(sum(exp(x)))`` with -inf for an empty or all ``-inf`` slice, and no NaN gradient there."""
+    """``log(sum(exp(x)))``, -inf for an empty or all ``-inf`` slice."""
     if x.shape[axis] == 0:
         return x.sum(axis) - torch.inf
-    top = x.detach().amax(axis, keepdim=True)
+    top = x.amax(axis, keepdim=True)
+    empty = top == -torch.inf
     top = torch.where(torch.isfinite(top), top, 0.0)
-    summed = torch.exp(x - top).sum(axis)
-    empty = summed == 0
-    safe = torch.log(torch.where(empty, 1.0, summed)) + top.squeeze(axis)
-    return torch.where(empty, -torch.inf, safe)
+    # results that underflow cost ten times as much as others, and beside e^0 they count for nothing
+    summed = torch.exp((x - top).clamp_(min=-80.0)).sum(axis)
+    return torch.where(empty.squeeze(axis), -torch.inf, torch.log(summed) + top.squeeze(axis))
 
 
 def sort_descending(x, axis):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from sieve_attn import arrays
@@ -30,12 +31,26 @@ def attend(call: Call, selection: Selection, far_field: FarField | None = None) 
     for start, stop in call.chunks():
         rows = call.rows(start, stop, call.kv_stop(stop))
         kept = selection.rows(start, stop, call.query)[..., : rows.visible.shape[-1]]
-        out, lse = attend_rows(rows, call.compute("value"), kept)
+        out, lse = attend_rows(*_only_kept(rows, call.compute("value"), kept))
         if far_field is not None:
             out, lse = far.add_far_field(rows, kept, out, lse, far_field, call)
         outputs.append(xp.cast(out, call.query.dtype))
         sums.append(lse)
     return xp.concat(outputs, 2), xp.concat(sums, 2)
+
+
+def _only_kept(rows: Rows, value: Array, kept: Array) -> tuple[Rows, Array, Array]:
+    """The chunk without the keys that none of its rows keeps: they are never read."""
+    xp = arrays.namespace(rows.query)
+    heads = max(kept.shape[1], rows.visible.shape[1])
+    each = kept if kept.shape[1] in (1, heads) else xp.repeat_each(kept, heads // kept.shape[1], 1)
+    used = xp.any_((each & rows.visible).reshape(-1, kept.shape[-1]), 0)
+    # a chunk that keeps nothing reads one key, and hides it
+    column = xp.nonzero(used)[0] if bool(used.any()) else xp.arange(0, 1, kept)
+    if 2 * column.shape[0] > kept.shape[-1]:
+        return rows, value, kept
+    few = replace(rows, visible=rows.visible[..., column], key=rows.key[:, :, column], bias=None if rows.bias is None else rows.bias[..., column])
+    return few, value[:, :, column], kept[..., column]
 
 
 def _masked_logits(rows: Rows, kept: Array) -> tuple[Array, Array]:
@@ -51,7 +66,9 @@ def _masked_logits(rows: Rows, kept: Array) -> tuple[Array, Array]:
 
 def _probability(xp, logits: Array, lse: Array) -> Array:
     nothing = (lse < 0) & ~xp.isfinite(lse) & ~xp.isnan(lse)
-    return xp.exp(logits - xp.where(nothing, 0.0, lse)[..., None])
+    # exp is slow where it underflows: keep it above, and give what is not attended to its exact zero afterwards
+    low = xp.maximum(logits - xp.where(nothing, 0.0, lse)[..., None], -80.0)
+    return xp.where(logits == -math.inf, 0.0, xp.exp(low))
 
 
 def attend_rows(rows: Rows, value: Array, kept: Array) -> tuple[Array, Array]:
@@ -109,9 +126,11 @@ def backward(call: Call, selection: Selection, grad_output: Array, grad_lse: Arr
             _add_bias_gradient(grads["bias"], d_logits, start, stop, seen)
         if rows.softcap is not None:
             d_logits = d_logits * (1.0 - (capped / rows.softcap) ** 2)
-        d_logits = d_logits * rows.scale
-        grads["query"][:, :, start:stop] += (by_group(d_logits) @ rows.key).reshape(batch, heads, n, -1)
-        grads["key"][:, :, :seen] += xp.transpose_last(by_group(d_logits)) @ by_group(rows.query)
+        # what was not attended to has no part in any gradient, not even as a NaN
+        d_logits = xp.where(p == 0, 0.0, d_logits * rows.scale)
+        query, key = (xp.where(xp.isfinite(x), x, 0.0) for x in (rows.query, rows.key))
+        grads["query"][:, :, start:stop] += (by_group(d_logits) @ key).reshape(batch, heads, n, -1)
+        grads["key"][:, :, :seen] += xp.transpose_last(by_group(d_logits)) @ by_group(query)
     return {n: xp.cast(g, getattr(call, n).dtype) for n, g in grads.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sieve_attn import arrays
@@ -14,6 +14,22 @@ from sieve_attn.scores.base import Bound, grouped, per_query_head, query_norm, r
 from sieve_attn.types import Geometry, Rows, Statistics
 
 Array = Any
+
+
+def decoded_keys(rows: Rows, geometry: Geometry, bits: int) -> Array:
+    """The sketched keys of this chunk, [batch, kv_heads, kv_len, dim]; each key is decoded once a call."""
+    xp = arrays.namespace(rows.query)
+    sketch, dtype = geometry.sketch, rows.query.dtype
+    # the channel scale stands for the sketch: it is the one array that every front of a geometry shares
+    name = ("decoded", id(sketch.channel_scale), bits)
+    _, known = rows.shared.get(name, (None, None))
+    done = 0 if known is None else known.shape[2]
+    if done < geometry.kv_len:
+        rest = replace(sketch, planes=sketch.planes[:, :, :, done:], scale=sketch.scale[:, :, done:])
+        fresh = decode(rest, bits, dtype)
+        known = fresh if known is None else xp.concat([known, fresh], 2)
+        rows.shared[name] = (sketch.channel_scale, known)
+    return known[:, :, : geometry.kv_len]
 
 
 @dataclass(frozen=True)
@@ -54,10 +70,9 @@ class KeySketch(Bound):
     def _logits(self, rows: Rows, geometry: Geometry) -> Array:
         """Sketched scaled logits before cap, bias and mask: [batch, q_heads, rows, kv_len]."""
         bits = min(self.bits, geometry.sketch.bits)
-        keys = remember(rows.shared, ("sketch", bits), lambda: decode(geometry.sketch, bits, rows.query.dtype))
         query, _ = self._query(rows, geometry)
         return remember(
-            rows.memo, ("sketched", bits, self.query_bits), lambda: grouped(query, keys[:, :, : geometry.kv_len]) * rows.scale
+            rows.memo, ("sketched", bits, self.query_bits), lambda: grouped(query, decoded_keys(rows, geometry, bits)) * rows.scale
         )
 
     def estimate(self, rows: Rows, geometry: Geometry) -> Array:
@@ -82,8 +97,7 @@ class KeySketch(Bound):
         spectral = tighter(xp.sqrt(sketch.spectral), xp.sqrt(sketch.metric_spectral))
         _, rounded = self._query(rows, geometry)
         if rounded is not None:
-            keys = remember(rows.shared, ("sketch", sketch.bits), lambda: decode(sketch, None, dtype))[:, :, : geometry.kv_len]
-            metric = xp.norm(keys / sketch.channel_scale[:, :, None, :]) * (1.0 + 2.0**-12)
+            metric = xp.norm(decoded_keys(rows, geometry, sketch.bits) / sketch.channel_scale[:, :, None, :]) * (1.0 + 2.0**-12)
             extra = rows.scale * rounded * per_query_head(metric, rows)[:, :, None, :]
             key_error = key_error + extra
             spectral = spectral + xp.sqrt((split_blocks(extra, geometry.block_size, 0.0) ** 2).sum(-1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,13 @@ class Tiles:
         x = xp.pad_end(x, 2, -x.shape[2] % self.size, fill)
         return x.reshape(*x.shape[:2], -1, self.size, x.shape[-1])
 
+    def looked_at(self, stride: int, like: Array) -> Array:
+        """Indices of every ``stride``-th row of each tile, the last row of a tile always."""
+        xp = arrays.namespace(like)
+        number = xp.arange(0, self.rows, like)
+        lane = (number + self.lead) % self.size
+        return xp.nonzero((lane % stride == stride - 1) | (lane == self.size - 1) | (number == self.rows - 1))[0]
+
     def spread(self, x: Array) -> Array:
         """[batch, heads, tiles, n] to [batch, heads, rows, n]."""
         return arrays.namespace(x).repeat_each(x, self.size, 2)[:, :, self.lead : self.lead + self.rows]
@@ -53,8 +61,11 @@ def share_over_group(x: Array, heads: int, how: Any) -> Array:
 
 
 def choose(scores: Scores, rows: Rows, geometry: Geometry, selector: Selector, keep: Pattern | None, *, tiles: Tiles,
-           stride: int, heads: int, per_query: bool, dense_above: float) -> Chosen:
-    """Apply ``selector`` and the forced pattern to one chunk of scores."""
+           heads: int, per_query: bool, dense_above: float, rescore: Callable[[], Array]) -> Chosen:
+    """Apply ``selector`` and the forced pattern to one chunk of scores.
+
+    Rows that were not scored hold -inf; ``rescore`` gives the estimates of all rows, for the rare query that lost everything.
+    """
     xp = arrays.namespace(rows.query)
     batch, q_heads = rows.query.shape[:2]
     shape = (batch, q_heads, rows.query.shape[2], geometry.blocks)
@@ -65,17 +76,14 @@ def choose(scores: Scores, rows: Rows, geometry: Geometry, selector: Selector, k
     unit = Tiles(tiles.rows, 0, 1) if per_query else tiles
 
     if isinstance(selector, RankSelector):
-        chosen = _by_rank(xp, selector, candidates, unit, _looked_at(xp, rows, tiles, 1 if per_query else stride), heads)
+        chosen = _by_rank(xp, selector, candidates, unit, heads)
     else:
-        wanted = selector.keep(candidates)
-        if stride > 1 and not per_query and selector.may_turn_dense and not selector.needs_brackets:
-            wanted = wanted & _looked_at(xp, rows, tiles, stride)[None, None]
-        chosen = _union(xp, share_over_group(wanted, heads, xp.any_), unit)
+        chosen = _union(xp, share_over_group(selector.keep(candidates), heads, xp.any_), unit)
 
     chosen = chosen | _union(xp, share_over_group(forced, heads, xp.any_), unit)
     visible = _union(xp, share_over_group(seen, heads, xp.any_), unit)
     chosen = chosen & visible
-    chosen = chosen | _best_of_the_forgotten(xp, chosen, candidates, unit, heads)
+    chosen = chosen | _best_of_the_forgotten(xp, chosen, candidates, unit, heads, rescore)
 
     keys = _per_unit_keys(xp, weight, unit, heads)
     kept, every = (xp.where(chosen, keys, 0).sum(-1), keys.sum(-1))
@@ -120,19 +128,11 @@ def _forced(xp, rows: Rows, geometry: Geometry, keep: Pattern | None, tiles: Til
     return forced
 
 
-def _looked_at(xp, rows: Rows, tiles: Tiles, stride: int) -> Array:
-    """[rows, 1]: every ``stride``-th position of a tile, its last one always."""
-    number = xp.arange(0, tiles.rows, rows.query)
-    last = ((number + tiles.lead + 1) % tiles.size == 0) | (number == tiles.rows - 1)
-    return (((number + tiles.lead) % stride == stride - 1) | last)[:, None]
-
-
-def _by_rank(xp, selector: RankSelector, candidates: Candidates, unit: Tiles, looked: Array, heads: int) -> Array:
+def _by_rank(xp, selector: RankSelector, candidates: Candidates, unit: Tiles, heads: int) -> Array:
     """The first ``k`` blocks of every unit by the largest share over its queries (and over the heads of a group)."""
     estimate = candidates.scores.estimate
     lse = xp.logsumexp(estimate, -1)[..., None]
     shares = estimate - xp.where(xp.isfinite(lse), lse, 0.0)
-    shares = xp.where(looked[None, None], shares, -math.inf)
     best = xp.amax(unit.split(share_over_group(shares, heads, xp.amax), -math.inf), 3)
     visible = xp.any_(unit.split(share_over_group(candidates.visible, heads, xp.any_), False), 3)
     # blocks that only queries between the strides see rank last, before the invisible ones
@@ -143,12 +143,14 @@ def _by_rank(xp, selector: RankSelector, candidates: Candidates, unit: Tiles, lo
     return (rank < wanted[..., None]) & visible
 
 
-def _best_of_the_forgotten(xp, chosen: Array, candidates: Candidates, unit: Tiles, heads: int) -> Array:
+def _best_of_the_forgotten(xp, chosen: Array, candidates: Candidates, unit: Tiles, heads: int, rescore: Callable[[], Array]) -> Array:
     """The arg-max block of every query that sees something and of which nothing was kept."""
-    estimate, seen = candidates.scores.estimate, candidates.visible
+    seen = candidates.visible
     per_row = xp.repeat_each(unit.spread(chosen), seen.shape[1] // heads, 1)
     forgotten = xp.any_(seen, -1) & ~xp.any_(per_row & seen, -1)
-    best = xp.argmax(xp.where(seen, estimate, -math.inf), -1)
+    if not bool(forgotten.any()):
+        return chosen
+    best = xp.argmax(xp.where(seen, rescore(), -math.inf), -1)
     block = xp.arange(0, seen.shape[-1], seen)
     wanted = (best[..., None] == block) & forgotten[..., None]
     return _union(xp, share_over_group(wanted, heads, xp.any_), unit)

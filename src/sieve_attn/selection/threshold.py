@@ -21,6 +21,7 @@ class Threshold(RowSelector):
     """
 
     threshold: float = 0.15
+    every_query = True
 
     def __post_init__(self):
         threshold("threshold", self.threshold)
@@ -36,6 +37,7 @@ class RelativeThreshold(RowSelector):
     """Keep iff the estimate is within ``margin`` of the query's largest estimate: what softmax itself cares about."""
 
     margin: float = 8.0
+    every_query = True
 
     def __post_init__(self):
         if not threshold("margin", self.margin) >= 0:

@@ -76,12 +76,15 @@ class Call:
 
     def rows(self, start: int, stop: int, kv_stop: int | None = None) -> Rows:
         """Queries ``start..stop`` with what they see of the first ``kv_stop`` keys."""
+        return self.rows_at(arrays.namespace(self.query).arange(start, stop, self.query), kv_stop)
+
+    def rows_at(self, number: Array, kv_stop: int | None = None) -> Rows:
+        """The queries with the indices ``number``, and what they see of the first ``kv_stop`` keys."""
         xp = arrays.namespace(self.query)
         kv_stop = self.kv_len if kv_stop is None else kv_stop
-        number = xp.arange(start, stop, self.query)
         position = number + self.offset
         key = xp.arange(0, kv_stop, self.query)[None, :]
-        allowed = xp.full((stop - start, kv_stop), True, xp.boolean, self.query)
+        allowed = xp.full((number.shape[0], kv_stop), True, xp.boolean, self.query)
         if self.causal:
             allowed = allowed & (key <= position[:, None])
         if self.window is not None:
@@ -94,15 +97,15 @@ class Call:
         if self.key_mask is not None:
             visible = visible & self.key_mask[:, None, None, :kv_stop]
         if self.mask is not None:
-            visible = visible & self.mask[:, :, start:stop, :kv_stop]
+            visible = visible & self.mask[:, :, number][..., :kv_stop]
         bias = None
         if self.bias is not None:
-            bias = self.bias if self.bias.shape[2] == 1 else self.bias[:, :, start:stop]
+            bias = self.bias if self.bias.shape[2] == 1 else self.bias[:, :, number]
             bias = bias if self.bias.shape[3] == 1 else bias[..., :kv_stop]
-            bias = xp.broadcast_to(xp.cast(bias, xp.compute_dtype(self.query)), (*bias.shape[:2], stop - start, kv_stop))
+            bias = xp.broadcast_to(xp.cast(bias, xp.compute_dtype(self.query)), (*bias.shape[:2], number.shape[0], kv_stop))
             hidden = bias == -float("inf")
             visible, bias = visible & ~hidden, xp.where(hidden, 0.0, bias)
-        query = self.compute("query")[:, :, start:stop]
+        query = self.compute("query")[:, :, number]
         return Rows(
             query, position, visible, allowed, self.scale, self.softcap, bias, self.sink,
             key=self.compute("key")[:, :, :kv_stop],
