@@ -3,8 +3,10 @@
 The names below load what they need when they are first used; importing the package imports no framework.
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 
 _NAMES = {
     "AetherAttention": "sieve_attn.layers",
@@ -38,3 +40,18 @@ def __getattr__(name):
 
 def __dir__():
     return __all__
+
+
+class _Package(ModuleType):
+    """``sieve_attn.attend`` is the function, although a stage's folder has that name and importing it would take the place."""
+
+    @property
+    def attend(self):
+        return import_module("sieve_attn.pipeline").attend
+
+    @attend.setter
+    def attend(self, folder):
+        pass
+
+
+sys.modules[__name__].__class__ = _Package

@@ -91,10 +91,12 @@ def run_aether_sparse(query: Array, means: Array, radii: Array, block_variances:
     if (*query.shape[:2], query.shape[2]) != (*means.shape[:2], means.shape[3]) or tuple(radii.shape) != tuple(means.shape[:3]):
         raise checks.error("means, radii", f"must fit a query of shape {tuple(query.shape)}",
                            f"shapes {tuple(means.shape)} and {tuple(radii.shape)}", "pass what precompute_metadata returned")
-    for flag, name, given, wanted in (("use_variance", "block_variances", block_variances, use_variance),
-                                      ("use_concentration", "block_concentrations", block_concentrations, use_concentration)):
-        if wanted and given is None:
-            raise checks.error(name, f"must be given with {flag}=True", "None", f"compute it with precompute_metadata(compute_{name.removeprefix('block_')[:-1]}=True)")
+    if use_variance and block_variances is None:
+        raise checks.error("block_variances", "must be given with use_variance=True", "None",
+                           "compute it with precompute_metadata(compute_variance=True)")
+    if use_concentration and block_concentrations is None:
+        raise checks.error("block_concentrations", "must be given with use_concentration=True", "None",
+                           "compute it with precompute_metadata(compute_concentration=True)")
     checks.threshold("threshold", threshold)
     checks.positive_int("local_window", local_window, "use 0 for none", least=0)
     check_recency(recency, recency_decay)
@@ -102,7 +104,8 @@ def run_aether_sparse(query: Array, means: Array, radii: Array, block_variances:
         checks.share("target_sparsity", target_sparsity, "0.8 drops 80 % of the blocks")
     scale = 1.0 / math.sqrt(query.shape[2]) if scale is None else scale
     options = (float(threshold), scale, is_causal, local_window, recency_decay, target_sparsity, recency)
-    variances, concentrations = (x if wanted else None for x, wanted in ((block_variances, use_variance), (block_concentrations, use_concentration)))
+    variances = block_variances if use_variance else None
+    concentrations = block_concentrations if use_concentration else None
     if arrays.namespace(query).name == "torch":
         from sieve_attn.layers.operators import aether_gate
 

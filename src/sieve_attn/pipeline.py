@@ -227,8 +227,8 @@ def _front_end(query: Array, key: Array, value: Array) -> tuple[Array, Array, Ar
 def _call(query, key, value, *, scale, dropout, **options) -> Call:
     xp = arrays.namespace(query, key, value)
     checks.qkv(query, key, value, xp=xp)
-    checks.attention_options(query, key, scale=scale, dropout=dropout, xp=xp,
-                             **{name: options[name] for name in ("mask", "key_mask", "bias", "softcap", "cu_seqlens", "sink", "window")})
+    checked = ("mask", "key_mask", "bias", "softcap", "cu_seqlens", "sink", "window")
+    checks.attention_options(query, key, scale=scale, dropout=dropout, xp=xp, **{name: options[name] for name in checked})
     return Call(query, key, value, scale=scale or 1.0 / math.sqrt(query.shape[3]), **options)
 
 

@@ -10,6 +10,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from jaxtyping import Bool, Float
+
 from sieve_attn import arrays
 from sieve_attn.attend import far_field as far
 from sieve_attn.attend.far_field import FarField
@@ -49,7 +51,8 @@ def _only_kept(rows: Rows, value: Array, kept: Array) -> tuple[Rows, Array, Arra
     column = xp.nonzero(used)[0] if bool(used.any()) else xp.arange(0, 1, kept)
     if 2 * column.shape[0] > kept.shape[-1]:
         return rows, value, kept
-    few = replace(rows, visible=rows.visible[..., column], key=rows.key[:, :, column], bias=None if rows.bias is None else rows.bias[..., column])
+    bias = None if rows.bias is None else rows.bias[..., column]
+    few = replace(rows, visible=rows.visible[..., column], key=rows.key[:, :, column], bias=bias)
     return few, value[:, :, column], kept[..., column]
 
 
@@ -71,7 +74,9 @@ def _probability(xp, logits: Array, lse: Array) -> Array:
     return xp.where(logits == -math.inf, 0.0, xp.exp(low))
 
 
-def attend_rows(rows: Rows, value: Array, kept: Array) -> tuple[Array, Array]:
+def attend_rows(
+    rows: Rows, value: Float[Array, "batch kv_heads keys v_dim"], kept: Bool[Array, "b h rows seen"]
+) -> tuple[Float[Array, "batch q_heads rows v_dim"], Float[Array, "batch q_heads rows"]]:
     """One chunk: softmax over the visible keys that ``kept`` [batch | 1, heads | 1, rows, keys] keeps."""
     xp = arrays.namespace(rows.query)
     batch, heads, n, _ = rows.query.shape
@@ -84,7 +89,8 @@ def attend_rows(rows: Rows, value: Array, kept: Array) -> tuple[Array, Array]:
     return out.reshape(batch, heads, n, -1), lse
 
 
-def backward(call: Call, selection: Selection, grad_output: Array, grad_lse: Array, far_field: FarField | None = None) -> dict[str, Array]:
+def backward(call: Call, selection: Selection, grad_output: Float[Array, "batch q_heads q_len v_dim"],
+             grad_lse: Float[Array, "batch q_heads q_len"], far_field: FarField | None = None) -> dict[str, Array]:
     """Gradients of query, key and value, and of bias and sink where the call has them. The kept set is a constant.
 
     ``dV = P^T dO``; ``dS = P * (dO V^T - rowsum(dO * O) + dlse)``; ``dQ = scale dS' K``, ``dK = scale dS'^T Q`` with ``dS'`` the

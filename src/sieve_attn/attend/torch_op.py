@@ -187,7 +187,8 @@ def _(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, 
 
 
 def _setup_attention(ctx, inputs, output):
-    (query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window, policy, per_query, backend) = inputs
+    *tensors, causal, scale, softcap, window, policy, per_query, backend = inputs
+    query, key, value = tensors[:3]
     chosen = policies.parse(policy)
     grid = _grid(query, key, chosen, causal)
     if grid is None:
@@ -200,9 +201,10 @@ def _setup_attention(ctx, inputs, output):
         places = {"row_ptr": 0, "block_index": 1} | ({"row_mask": 2} if per_query else {})
         spec = repr([("Blocks", {n: int(v) for n, v in grid.items()}, places)])
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    inputs = (query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window)
-    request = dispatch.Request("torch", query.device.type, str(query.dtype).removeprefix("torch."), query.shape[3], value.shape[3], chosen.far_field)
-    _save(ctx, inputs, parts, spec, dispatch.choose(backend, request)[0], chosen.block_size if chosen.far_field and grid else 0)
+    dtype = str(query.dtype).removeprefix("torch.")
+    request = dispatch.Request("torch", query.device.type, dtype, query.shape[3], value.shape[3], chosen.far_field)
+    far_block = chosen.block_size if chosen.far_field and grid else 0
+    _save(ctx, (*tensors, causal, scale, softcap, window), parts, spec, dispatch.choose(backend, request)[0], far_block)
     ctx.mark_non_differentiable(*output[2:])
 
 

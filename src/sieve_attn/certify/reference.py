@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from jaxtyping import Float
+
 from sieve_attn import arrays
 from sieve_attn.attend.far_field import FarField, expand, front
 from sieve_attn.bounds import UNIT, dropped_mass, kept_mass, logit_margin
@@ -15,7 +17,8 @@ from sieve_attn.types import Call, Certificate, Geometry, Rows, Selection
 Array = Any
 
 
-def certify(call: Call, selection: Selection, geometry: Geometry, bound: Bound, lse: Array, output: Array | None = None,
+def certify(call: Call, selection: Selection, geometry: Geometry, bound: Bound, lse: Float[Array, "batch q_heads q_len"],
+            output: Float[Array, "batch q_heads q_len v_dim"] | None = None,
             far_field: FarField | None = None) -> Certificate:
     """Bound the softmax mass that ``selection`` dropped, per query, whoever chose it.
 
@@ -115,7 +118,7 @@ class _Known(Bound):
         return self.scores
 
 
-def true_dropped_mass(call: Call, selection: Selection) -> Array:
+def true_dropped_mass(call: Call, selection: Selection) -> Float[Array, "batch q_heads q_len"]:
     """[batch, q_heads, q_len] the dropped softmax mass itself, from every key: the truth that certificates must cover."""
     xp = arrays.namespace(call.query)
     out = []

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxtyping import Bool, Float, UInt8
+
 from sieve_attn import arrays
 from sieve_attn.bounds import UNIT, largest_eigenvalue
 from sieve_attn.types import Sketch
@@ -21,7 +23,7 @@ _FINE_CLIPS = (1.0, 0.95)
 _LARGEST_HALF = 65504.0
 
 
-def channel_scale(key: Array, valid: Array) -> Array:
+def channel_scale(key: Float[Array, "batch kv_heads kv_len dim"], valid: Bool[Array, "batch kv_heads kv_len"]) -> Float[Array, "batch kv_heads dim"]:
     """[batch, kv_heads, dim]: the rms of each channel over the first ``CALIBRATION`` valid keys, never zero."""
     xp = arrays.namespace(key)
     first = valid & (xp.cumsum(xp.cast(valid, xp.int32), -1) <= CALIBRATION)
@@ -33,7 +35,7 @@ def channel_scale(key: Array, valid: Array) -> Array:
     return xp.maximum(xp.where(xp.amax(rms, -1)[..., None] > 0, rms, 1.0), 2.0**-10) * largest[..., 0]
 
 
-def quantise(key: Array, scale: Array, bits: int) -> tuple[Array, Array]:
+def quantise(key: Float[Array, "batch kv_heads kv_len dim"], scale: Float[Array, "batch kv_heads dim"], bits: int) -> tuple[Array, Array]:
     """``(codes uint8, key scales fp16)`` of ``key`` [..., kv_len, dim]: the best of a few clips in L2, key by key."""
     xp = arrays.namespace(key)
     white = key / scale[..., None, :]
@@ -54,7 +56,7 @@ def quantise(key: Array, scale: Array, bits: int) -> tuple[Array, Array]:
     return xp.cast(best[1], xp.uint8), best[2]
 
 
-def pack(codes: Array, bits: int) -> Array:
+def pack(codes: UInt8[Array, "*axes dim"], bits: int) -> UInt8[Array, "{bits} *axes bytes"]:
     """Codes [..., dim] to bit planes [bits, ..., ceil(dim / 8)], most significant plane first."""
     xp = arrays.namespace(codes)
     codes = xp.pad_end(codes, -1, -codes.shape[-1] % 8, 0)
@@ -66,7 +68,7 @@ def pack(codes: Array, bits: int) -> Array:
     return xp.stack(planes, 0)
 
 
-def unpack(planes: Array, dim: int) -> Array:
+def unpack(planes: UInt8[Array, "bits *axes bytes"], dim: int) -> UInt8[Array, "*axes {dim}"]:
     """Bit planes to codes [..., dim] uint8; fewer planes than were packed give the leading bits."""
     xp = arrays.namespace(planes)
     shifts = xp.asarray([7, 6, 5, 4, 3, 2, 1, 0], xp.uint8, planes)
@@ -77,7 +79,7 @@ def unpack(planes: Array, dim: int) -> Array:
     return codes
 
 
-def decode(sketch: Sketch, bits: int | None = None, dtype: Any = None) -> Array:
+def decode(sketch: Sketch, bits: int | None = None, dtype: Any = None) -> Float[Array, "batch kv_heads kv_len dim"]:
     """The keys as the first ``bits`` planes know them, [batch, kv_heads, kv_len, dim]."""
     xp = arrays.namespace(sketch.planes)
     bits = sketch.bits if bits is None else bits

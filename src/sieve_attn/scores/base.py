@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from jaxtyping import Float, Int, Shaped
+
 from sieve_attn import arrays
 from sieve_attn.bounds import soft_cap
 from sieve_attn.types import Geometry, Rows, Scores, Statistics
@@ -24,8 +26,8 @@ class Scorer:
         """What the geometry must hold."""
         return Statistics()
 
-    def estimate(self, rows: Rows, geometry: Geometry) -> Array:
-        """[batch, q_heads, rows, blocks]"""
+    def estimate(self, rows: Rows, geometry: Geometry) -> Float[Array, "batch q_heads rows blocks"]:
+        """A number for every query and block."""
         raise TypeError(f"{type(self).__name__} must define `estimate`")
 
     def score(self, rows: Rows, geometry: Geometry, *, brackets: bool = False) -> Scores:
@@ -61,8 +63,10 @@ def per_query_head(x: Array, rows: Rows) -> Array:
     return arrays.namespace(x).repeat_each(x, rows.query.shape[1] // x.shape[1], 1)
 
 
-def grouped(query: Array, items: Array) -> Array:
-    """``query`` [batch, q_heads, rows, n] times ``items`` [batch, kv_heads, m, n] to [batch, q_heads, rows, m], no repeat."""
+def grouped(
+    query: Float[Array, "batch q_heads rows n"], items: Float[Array, "batch kv_heads m n"]
+) -> Float[Array, "batch q_heads rows m"]:
+    """Dot products of every query with the items of its KV head; a group is never repeated."""
     batch, heads, n, dim = query.shape
     xp = arrays.namespace(query)
     flat = query.reshape(batch, items.shape[1], -1, dim) @ xp.transpose_last(items)
@@ -75,14 +79,14 @@ def remember(memo: dict, name: Any, compute: Any) -> Any:
     return memo[name]
 
 
-def split_blocks(x: Array, block_size: int, fill: Any) -> Array:
+def split_blocks(x: Shaped[Array, "*axes kv_len"], block_size: int, fill: Any) -> Shaped[Array, "*axes blocks {block_size}"]:
     """[..., kv_len] to [..., blocks, block_size]."""
     xp = arrays.namespace(x)
     x = xp.pad_end(x, -1, -x.shape[-1] % block_size, fill)
     return x.reshape(*x.shape[:-1], -1, block_size)
 
 
-def visible_count(rows: Rows, block_size: int) -> Array:
+def visible_count(rows: Rows, block_size: int) -> Int[Array, "b h rows blocks"]:
     """[batch | 1, q_heads | 1, rows, blocks] how many keys of each block a query sees."""
     xp = arrays.namespace(rows.query)
     return remember(
@@ -96,7 +100,7 @@ def query_norm(rows: Rows) -> Array:
     return remember(rows.memo, "query_norm", lambda: xp.norm(rows.query)[..., None] * (1.0 + rows.query.shape[-1] * 2.0**-23))
 
 
-def centre_logits(rows: Rows, geometry: Geometry) -> Array:
+def centre_logits(rows: Rows, geometry: Geometry) -> Float[Array, "batch q_heads rows blocks"]:
     """``c = scale * q.mu``, [batch, q_heads, rows, blocks]."""
     return remember(rows.memo, "centre", lambda: grouped(rows.query, geometry.mean) * rows.scale)
 
@@ -116,7 +120,7 @@ def bias_range(rows: Rows, block_size: int) -> tuple[Array | float, Array | floa
     return remember(rows.memo, ("bias", block_size), compute)
 
 
-def exact_logits(rows: Rows) -> Array:
+def exact_logits(rows: Rows) -> Float[Array, "batch q_heads rows kv_len"]:
     """Capped, biased logits of every key, -inf where invisible: [batch, q_heads, rows, kv_len]."""
     xp = arrays.namespace(rows.query)
 
@@ -127,7 +131,7 @@ def exact_logits(rows: Rows) -> Array:
     return remember(rows.memo, "exact", compute)
 
 
-def exact_block_mass(rows: Rows, block_size: int) -> Array:
+def exact_block_mass(rows: Rows, block_size: int) -> Float[Array, "batch q_heads rows blocks"]:
     """Log mass of the visible keys of each block, from the keys themselves."""
     xp = arrays.namespace(rows.query)
     return remember(

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Bool, Int
+
 from sieve_attn import arrays
 from sieve_attn.patterns import Pattern
 from sieve_attn.scores.base import split_blocks, visible_count
@@ -20,11 +22,11 @@ Array = Any
 class Chosen:
     """What one chunk keeps. ``heads`` is kv_heads where a group shares its choice, else q_heads."""
 
-    tiles: Array  # [batch, heads, tiles, blocks] bool
-    rows: Array | None  # [batch, heads, rows, blocks] bool, for per-query choices
-    kept: Array  # [batch, heads, tiles] keys kept
-    visible: Array  # [batch, heads, tiles] keys visible
-    dense_tiles: Array  # [batch, heads, tiles] bool: the policy turned dense here on its own
+    tiles: Bool[Array, "batch heads tiles blocks"]
+    rows: Bool[Array, "batch heads rows blocks"] | None  # for per-query choices
+    kept: Int[Array, "batch heads tiles"]  # keys
+    visible: Int[Array, "batch heads tiles"]  # keys
+    dense_tiles: Bool[Array, "batch heads tiles"]  # the policy turned dense here on its own
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ def _by_rank(xp, selector: RankSelector, candidates: Candidates, unit: Tiles, he
     return (rank < wanted[..., None]) & visible
 
 
-def _best_of_the_forgotten(xp, chosen: Array, candidates: Candidates, unit: Tiles, heads: int, rescore: Callable[[], Array]) -> Array:
+def _best_of_the_forgotten(xp, chosen: Array, candidates: Candidates, unit: Tiles, heads: int,
+                           rescore: Callable[[], Array]) -> Array:
     """The arg-max block of every query that sees something and of which nothing was kept."""
     seen = candidates.visible
     per_row = xp.repeat_each(unit.spread(chosen), seen.shape[1] // heads, 1)

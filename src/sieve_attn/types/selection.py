@@ -36,7 +36,7 @@ class Blocks:
                    rows: Array | None = None) -> Blocks:
         """From ``kept`` [batch, heads, tiles, blocks] bool and, for per-query choices, ``rows`` [batch, heads, q_len, blocks]."""
         xp = arrays.namespace(kept)
-        batch, heads, tiles, _ = kept.shape
+        batch, heads = kept.shape[:2]
         counts = xp.total(kept, -1, xp.int64).reshape(-1)
         row_ptr = xp.concat([xp.zeros((1,), xp.int64, kept), xp.cumsum(counts, 0)], 0)
         b, h, t, block = xp.nonzero(kept)

@@ -1,0 +1,125 @@
+"""A cache layer that keeps the geometry of its keys up to date, so that decoding never reads all keys to choose a few."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from sieve_attn.geometry import Geometry, Stream
+from sieve_attn.policies import Policy
+
+
+class StreamedLayer(DynamicLayer):
+    """``DynamicLayer`` with a :class:`~sieve_attn.geometry.Stream`, which follows every change of the cache.
+
+    Sealed blocks are summarised once; appending costs O(new keys). The padding mask is known only where attention is
+    computed, so that is where the stream catches up: :meth:`geometry`.
+    """
+
+    def __init__(self, policy: Policy):
+        super().__init__()
+        self.stream = Stream(policy.block_size, policy.statistics)
+        self._unchanged = 0  # leading keys that are as the stream last saw them
+        self._padding: Tensor | None = None
+        self._handed_out: tuple | None = None
+
+    def fits(self, policy: Policy) -> bool:
+        return self.stream.block_size == policy.block_size and self.stream.statistics == policy.statistics
+
+    def holds(self, key: Tensor) -> bool:
+        """Whether ``key`` is what ``update`` returned: some models change the keys after they were cached."""
+        return self._handed_out == _identity(key)
+
+    def geometry(self, key: Tensor, value: Tensor, padding: Tensor | None) -> Geometry:
+        """The geometry of ``key`` [batch, kv_heads, kv_len, dim]; ``padding`` [batch, kv_len] is True for real tokens."""
+        if not self._same_padding(padding) or self._frozen():
+            self.stream.reset()
+        known = self.stream.update(key, value=value, key_mask=padding, unchanged=self._unchanged)
+        self._unchanged, self._padding = int(key.shape[2]), padding
+        return known
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self._handed_out = _identity(keys)
+        return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self._unchanged = min(self._unchanged, self.get_seq_length())
+
+    def reset(self) -> None:
+        super().reset()
+        self.stream.reset()
+        self._unchanged, self._padding, self._handed_out = 0, None, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._follow(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        batch = self.keys.shape[0] if self.get_seq_length() else 0
+        super().batch_repeat_interleave(repeats)
+        if batch:
+            self._follow(torch.arange(batch, device=self.keys.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._follow(indices)
+
+    def _follow(self, index: Tensor) -> None:
+        if self.stream.geometry is None:
+            return
+        index = index.to(self.stream.geometry.count.device)
+        self.stream.reorder(index)
+        if self._padding is not None:
+            self._padding = self._padding[index]
+
+    def _same_padding(self, padding: Tensor | None) -> bool:
+        """Whether the keys that the stream has summarised are masked as they were then."""
+        n = self._unchanged
+        if n == 0 or (padding is None and self._padding is None):
+            return True
+        before, now = (None if p is None else p[:, :n] for p in (self._padding, padding))
+        if before is None or now is None:
+            return bool((now if before is None else before).all())
+        return torch.equal(before, now)
+
+    def _frozen(self) -> bool:
+        """Buffers that inference mode made cannot be written outside of it."""
+        made = self.stream.geometry
+        return made is not None and made.count.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def adopt(cache: Cache, index: int, policy: Policy) -> Any:
+    """The cache's layer ``index``, made streaming if it is a plain one that holds nothing yet; None if there is none."""
+    layers = cache.layers
+    if cache.layer_class_to_replicate is DynamicLayer:
+        layers.extend(DynamicLayer() for _ in range(index + 1 - len(layers)))
+    if index >= len(layers):
+        return None
+    layer = layers[index]
+    stale = isinstance(layer, StreamedLayer) and not layer.fits(policy)
+    if policy.chooses_blocks and (type(layer) is DynamicLayer or stale) and layer.get_seq_length() == 0:
+        layers[index] = StreamedLayer(policy)
+    return layers[index]
+
+
+def why_recomputed(layer: Any, policy: Policy, key: Tensor) -> str | None:
+    """Why the geometry of ``key`` cannot come from ``layer``; None if it can."""
+    if layer is None:
+        return "no cache"
+    if not isinstance(layer, StreamedLayer):
+        if type(layer) is DynamicLayer:
+            return "the cache was filled before it met this model"
+        return f"a cache layer of type {type(layer).__name__} holds no geometry"
+    if not layer.fits(policy):
+        return "the cache was filled under another policy"
+    return None if layer.holds(key) else "the keys attended to are not those of the cache"
+
+
+def _identity(key: Tensor) -> tuple:
+    # a number, not the tensor: an offloaded cache must not be kept on the device
+    return key.data_ptr(), tuple(key.shape)
