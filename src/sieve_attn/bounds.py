@@ -69,7 +69,9 @@ def largest_eigenvalue(xp: Any, rows: Array) -> Array:
     fourth = fourth @ fourth
     top = trace * (fourth**2).sum(-1).sum(-1) ** 0.125
     order = min(n, d)
-    return xp.where(size > 0, top * safe * safe * (1.0 + 4 * order * (n + d + 8) * UNIT), 0.0)
+    # squares of tiny rows underflow: what is not zero is at least the smallest normal number
+    bound = xp.maximum(top * safe * safe * (1.0 + 4 * order * (n + d + 8) * UNIT), SMALLEST)
+    return xp.where(size > 0, bound, 0.0)
 
 
 def sketch_upper(xp: Any, weight_log: Array, key_error: Array, spectral: Array, *, use_spectral: bool = True) -> Array:
@@ -98,15 +100,16 @@ def sketch_upper(xp: Any, weight_log: Array, key_error: Array, spectral: Array, 
 
 
 def sketch_lower(xp: Any, weight_log: Array, key_error: Array, spectral: Array, *, use_spectral: bool = True) -> Array:
-    """Log of the smallest ``sum_j e^{s_j}``: the larger of ``sum w e^-E`` and ``W - T ||w||_2``."""
+    """Log of the smallest ``sum_j e^{s_j}``: the larger of ``sum w e^-E`` and, by Jensen, ``W exp(-T ||w||_2 / W)``."""
     plain = xp.logsumexp(weight_log - key_error, -1)
     if not use_spectral:
         return plain
     top = xp.amax(weight_log, -1)
     shift = xp.where(xp.isfinite(top), top, 0.0)
     w = xp.exp(weight_log - shift[..., None])
-    left = w.sum(-1) * (1.0 - 64 * UNIT) - spectral * xp.sqrt((w * w).sum(-1)) * (1.0 + 64 * UNIT)
-    return xp.maximum(plain, xp.where(left > 0, xp.log(xp.maximum(left, SMALLEST)) + shift, -math.inf))
+    mass = xp.maximum(w.sum(-1), SMALLEST)
+    jensen = xp.log(mass) - spectral * xp.sqrt((w * w).sum(-1)) / mass * (1.0 + 64 * UNIT) + shift
+    return xp.maximum(plain, xp.where(top == -math.inf, -math.inf, jensen))
 
 
 def logit_margin(scale: float, query_norm: Array, key_norm: Array, terms: Array | int, unit: float = UNIT) -> Array:
@@ -144,7 +147,8 @@ def dropped_mass(xp: Any, log_kept: Array, log_dropped: Array, unit: float = UNI
     """
     delta = (1.0 + 8 * unit) / (1.0 + xp.exp(log_kept - log_dropped))
     delta = xp.minimum(xp.maximum(delta, SMALLEST), 1.0)
-    delta = xp.where(xp.isnan(delta) | xp.isnan(log_kept) | xp.isnan(log_dropped), 1.0, delta)
+    unknown = xp.isnan(log_kept) | (log_kept == math.inf) | xp.isnan(log_dropped)
+    delta = xp.where(xp.isnan(delta) | unknown, 1.0, delta)
     nothing = (log_dropped < 0) & ~xp.isfinite(log_dropped) & ~xp.isnan(log_dropped)
     return xp.where(nothing, 0.0, delta)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from sieve_attn import arrays
+
 Array = Any
 
 
@@ -51,8 +53,8 @@ def qkv(query: Array, key: Array, value: Array, *, xp: Any) -> None:
         raise error("query, key, value", "must share one dtype", f"{query.dtype}, {key.dtype}, {value.dtype}",
                     "cast them to one dtype, or run under autocast")
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if 0 in shape_of(x)[1:]:
-            raise error(name, "must have at least one head, one position and one channel", f"shape {shape_of(x)}",
+        if 0 in shape_of(x):
+            raise error(name, "must have at least one sequence, head, position and channel", f"shape {shape_of(x)}",
                         "skip the call for empty sequences")
     if not query.shape[0] == key.shape[0] == value.shape[0]:
         raise error("query, key, value", "must share the batch axis",
@@ -77,7 +79,8 @@ def attention_options(query: Array, key: Array, *, scale: Any, mask: Any, key_ma
     batch, q_heads, q_len, _ = shape_of(query)
     kv_len = int(key.shape[2])
     if dropout:
-        raise error("dropout", "must be 0: a certificate has no meaning under dropout", repr(dropout), "drop it, or call model.eval()")
+        raise error("dropout", "must be 0: a certificate has no meaning under dropout", repr(dropout),
+                    "drop it, or call model.eval()")
     if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
         raise error("scale", "must be a positive finite number", repr(scale), "fold a sign into the query")
     if softcap is not None and not (isinstance(softcap, (int, float)) and math.isfinite(softcap) and softcap > 0):
@@ -95,7 +98,8 @@ def attention_options(query: Array, key: Array, *, scale: Any, mask: Any, key_ma
                     f"{key_mask.dtype} of shape {shape_of(key_mask)}", "build it from the sequence lengths")
     if bias is not None:
         allowed = [(batch, 1), (q_heads, 1), (q_len, 1), (kv_len, 1)]
-        if not xp.is_float(bias) or len(bias.shape) != 4 or any(n not in ok for n, ok in zip(shape_of(bias), allowed, strict=True)):
+        fits = len(bias.shape) == 4 and all(n in ok for n, ok in zip(shape_of(bias), allowed, strict=True))
+        if not xp.is_float(bias) or not fits:
             raise error("bias", f"must be floating and broadcast to [{batch}, {q_heads}, {q_len}, {kv_len}] from 4 axes",
                         f"{bias.dtype} of shape {shape_of(bias)}", "add axes of length 1 where it does not vary")
     if cu_seqlens is not None:
@@ -121,7 +125,7 @@ def selection_fits(selection: Any, query: Array, key: Array) -> None:
                     f"batch {blocks.batch}, heads {blocks.heads}", "select again for these inputs")
 
 
-def geometry_fits(geometry: Any, key: Array, block_size: int, asked: Any) -> None:
+def geometry_fits(geometry: Any, key: Array, key_mask: Array | None, block_size: int, asked: Any) -> None:
     held = (geometry.count.shape[0], geometry.count.shape[1], geometry.kv_len, geometry.block_size)
     wanted = (int(key.shape[0]), int(key.shape[1]), int(key.shape[2]), block_size)
     if held != wanted:
@@ -130,6 +134,12 @@ def geometry_fits(geometry: Any, key: Array, block_size: int, asked: Any) -> Non
     if not geometry.has(asked):
         raise error("geometry", f"must hold what the policy asks for, {asked}", geometry.statistics,
                     "build it with statistics=policy.statistics")
+    xp = arrays.namespace(key)
+    real = xp.full((int(key.shape[0]), int(key.shape[2])), True, xp.boolean, key) if key_mask is None else key_mask
+    counted = xp.total(xp.pad_end(real, 1, -real.shape[1] % block_size, False).reshape(real.shape[0], -1, block_size), -1)
+    if not bool((geometry.count == counted[:, None, :]).all()):
+        raise error("geometry", "must be built with this call's key_mask", "other counts of keys in its blocks",
+                    "pass the same key_mask to geometry.build and to attention")
 
 
 def policy_like(policy: Any, kind: type) -> None:

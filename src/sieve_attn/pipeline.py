@@ -78,7 +78,7 @@ def attention(query: Array, key: Array, value: Array, policy: Policy | None = No
         if geometry is None:
             geometry = stage_geometry.build(key, policy.block_size, policy.statistics, value=value, key_mask=key_mask)
         else:
-            checks.geometry_fits(geometry, key, policy.block_size, policy.statistics)
+            checks.geometry_fits(geometry, key, key_mask, policy.block_size, policy.statistics)
         seconds["geometry"], clock = perf_counter() - clock, perf_counter()
         selection, counts, fallbacks = select(call, geometry, policy, per_query=per_query)
         seconds["selection"], clock = perf_counter() - clock, perf_counter()
@@ -187,16 +187,17 @@ def certificate(call: Call, selection: Selection, policy: Policy, output: Array,
 def count_tokens(call: Call, selection: Selection) -> tuple[Array, Array]:
     """``(kept, visible)`` keys [batch, q_heads, 1] for selections that are not made of blocks."""
     xp = arrays.namespace(call.query)
-    shape = (call.query.shape[0], call.query.shape[1])
+    heads = call.query.shape[1]
     kept, visible = 0, 0
     for start, stop in call.chunks():
         rows = call.rows(start, stop)
         chosen = selection.rows(start, stop, call.query)
-        if chosen.shape[1] not in (1, shape[1]):
-            chosen = xp.repeat_each(chosen, shape[1] // chosen.shape[1], 1)
-        full = (*shape, stop - start, call.kv_len)
-        visible = visible + xp.total(xp.total(xp.broadcast_to(rows.visible, full), -1, xp.int64), -1)
-        kept = kept + xp.total(xp.total(xp.broadcast_to(rows.visible & chosen, full), -1, xp.int64), -1)
+        if chosen.shape[1] not in (1, heads):
+            chosen = xp.repeat_each(chosen, heads // chosen.shape[1], 1)
+        # what all heads or sequences have in common is counted once and spread out afterwards
+        visible = visible + xp.total(xp.total(rows.visible, -1, xp.int64), -1)
+        kept = kept + xp.total(xp.total(rows.visible & chosen, -1, xp.int64), -1)
+    kept, visible = (xp.broadcast_to(count, (call.query.shape[0], heads)) for count in (kept, visible))
     return kept[..., None], visible[..., None]
 
 

@@ -121,7 +121,10 @@ def TopBlocks(k: int = 64, *, bits: int = 4, sinks: int = 16, window: int = 64, 
 
 def Adaptive(mass: float = 0.99, *, bits: int = 4, sinks: int = 16, window: int = 64, query_stride: int = 4,
              dense_above: float = 1.0) -> Policy:
-    """The smallest set of blocks that is estimated to hold ``mass`` of every query's softmax: one knob."""
+    """The smallest set of blocks estimated to hold ``mass`` of the softmax of every query looked at: one knob.
+
+    ``query_stride=1`` looks at every query of a tile, 4 at every 4th (and the last); the others share what those chose.
+    """
     return Policy(KeySketch(bits), Mass(mass), _ends(sinks, window), query_stride=query_stride, dense_above=dense_above)
 
 

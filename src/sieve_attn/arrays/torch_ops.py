@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 name = "torch"
@@ -10,7 +13,14 @@ int32, int64, uint8, boolean = torch.int32, torch.int64, torch.uint8, torch.bool
 
 exp, expm1, log, log1p, sqrt, tanh = torch.exp, torch.expm1, torch.log, torch.log1p, torch.sqrt, torch.tanh
 isfinite, isnan, where, floor = torch.isfinite, torch.isnan, torch.where, torch.floor
-einsum, broadcast_to, no_grad, logaddexp = torch.einsum, torch.broadcast_to, torch.no_grad, torch.logaddexp
+einsum, broadcast_to, logaddexp = torch.einsum, torch.broadcast_to, torch.logaddexp
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """Neither gradients nor autocast: what ranks, attends or proves is computed in the precision that it was written for."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def maximum(a, b):
@@ -91,7 +101,9 @@ def flip(x, axis):
 
 def norm(x):
     """Euclidean norm over the last axis that neither overflows nor loses small vectors."""
-    return torch.linalg.vector_norm(x, dim=-1)
+    top = x.abs().amax(-1, keepdim=True)
+    top = torch.where(torch.isfinite(top) & (top > 0), top, 1.0)
+    return torch.linalg.vector_norm(x / top, dim=-1) * top[..., 0]
 
 
 def logsumexp(x, axis):

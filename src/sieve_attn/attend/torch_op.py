@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sieve_attn import dispatch, policies
 from sieve_attn import geometry as stage_geometry
+from sieve_attn.arrays import torch_ops
 from sieve_attn.attend import far_field as far
 from sieve_attn.types import Blocks, Call, Offsets, Ranges, Selection, Tokens
 
@@ -63,7 +64,8 @@ def attend_op(
     parts: list[Tensor], spec: str, backend: str, far_block: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _call(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window)
-    return dispatch.module(backend).attend(call, unpack(parts, spec), _field(call, far_block))
+    with torch_ops.no_grad():
+        return dispatch.module(backend).attend(call, unpack(parts, spec), _field(call, far_block))
 
 
 @torch.library.custom_op("sieve_attn::attend_backward", mutates_args=())
@@ -74,7 +76,8 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, value, bias and sink (empty where absent)."""
     call = _call(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window)
-    made = dispatch.module(backend).backward(call, unpack(parts, spec), grad_output, grad_lse, _field(call, far_block))
+    with torch_ops.no_grad():
+        made = dispatch.module(backend).backward(call, unpack(parts, spec), grad_output, grad_lse, _field(call, far_block))
     return tuple(made[n] if n in made else query.new_empty(0) for n in ("query", "key", "value", "bias", "sink"))
 
 

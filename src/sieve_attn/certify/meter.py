@@ -14,7 +14,7 @@ from sieve_attn import arrays
 from sieve_attn.attend.far_field import front
 from sieve_attn.bounds import kl_upper_limit
 from sieve_attn.checks import positive_int, share
-from sieve_attn.scores.base import exact_logits
+from sieve_attn.scores.base import exact_logits, per_query_head, visible_count
 from sieve_attn.scores.key_sketch import KeySketch
 from sieve_attn.types import Call, Certificate, Geometry, Selection
 
@@ -26,6 +26,13 @@ def _uniform(seed: int, stream: int, shape: tuple[int, ...]):
     import numpy as np
 
     return np.random.Generator(np.random.Philox(key=[seed, stream])).random(shape)
+
+
+def _uniform_rows(seed: int, start: int, stop: int, shape: tuple[int, int], samples: int):
+    """[batch, heads, stop - start, samples]: a stream a query, so that chunking never changes a draw."""
+    import numpy as np
+
+    return np.stack([_uniform(seed, query, (*shape, samples)) for query in range(start, stop)], 2)
 
 
 def key_meter(call: Call, selection: Selection, geometry: Geometry, lse: Array, *, samples: int = 256, alpha: float = 0.05,
@@ -53,7 +60,7 @@ def key_meter(call: Call, selection: Selection, geometry: Geometry, lse: Array, 
             top = xp.where(xp.isfinite(top), top, 0.0)
             ladder = xp.cumsum(xp.exp(log_b - top), -1)
             mass = ladder[..., -1:]
-            stratum = xp.asarray(_uniform(seed, start, (*mass.shape[:-1], samples)), xp.float64, mass)
+            stratum = xp.asarray(_uniform_rows(seed, start, stop, mass.shape[:2], samples), xp.float64, mass)
             stratum = (stratum + xp.cast(xp.arange(0, samples, mass), xp.float64)) / samples * mass
             drawn = xp.minimum(xp.searchsorted(ladder, stratum), log_b.shape[-1] - 1)
             truth = xp.cast(xp.take_along(exact_logits(rows), drawn, -1), xp.float64)
@@ -62,7 +69,9 @@ def key_meter(call: Call, selection: Selection, geometry: Geometry, lse: Array, 
             limit = kl_upper_limit(xp, y.sum(-1) / samples, samples, alpha)
             log_zd = xp.log(limit * mass[..., 0]) + top[..., 0]
             delta = 1.0 / (1.0 + xp.exp(xp.cast(lse[:, :, start:stop], xp.float64) - log_zd))
+            broken = (visible_count(rows, part.block_size) > 0) & ~per_query_head(part.finite, rows)[:, :, None, :]
             delta = xp.where(mass[..., 0] == 0, 0.0, xp.where(xp.isnan(delta), 1.0, delta))
+            delta = xp.where(xp.any_(broken, -1), 1.0, delta)
             out.append(xp.cast(delta, xp.float32))
     return Certificate(xp.concat(out, 2), f"key meter, {samples} draws a query", None, "statistical", 1.0 - alpha)
 

@@ -28,7 +28,8 @@ def certify(call: Call, selection: Selection, geometry: Geometry, bound: Bound, 
     """
     xp = arrays.namespace(call.query)
     if not isinstance(bound, Bound):
-        raise error("bound", "must be a Bound: heuristics rank but prove nothing", repr(bound), "use KeySketch(bits=8)", TypeError)
+        rule = "must be a Bound: heuristics rank but prove nothing"
+        raise error("bound", rule, repr(bound), "use KeySketch(bits=8)", TypeError)
     require_full_precision(xp, call.query)
     masses, errors = [], []
     with xp.no_grad():
@@ -43,7 +44,7 @@ def certify(call: Call, selection: Selection, geometry: Geometry, bound: Bound, 
                 if far_field is None:
                     bad = delta * _reach(xp, rows, part, dropped, made, call)
                 else:
-                    bad = _far_error(xp, rows, part, kept, dropped, scores, made, lse[:, :, start:stop], call)
+                    bad = _far_error(xp, rows, part, kept, dropped, scores, made, lse[:, :, start:stop], call, far_field)
                 errors.append(xp.cast(xp.where(delta == 0, 0.0, bad * (1 + 64 * UNIT)), xp.float32))
     output_error = xp.concat(errors, 2) if errors else None
     return Certificate(xp.concat(masses, 2), repr(bound), output_error)
@@ -70,12 +71,17 @@ def _dropped(xp, rows: Rows, geometry: Geometry, bound: Bound, kept: Array, lse:
     log_p = xp.logsumexp(xp.where(dropped, scores.upper, -math.inf), -1)
     log_p = log_p + (scores.upper.shape[-1] + 16) * UNIT
     seen = visible_count(rows, size) > 0
-    norm = xp.amax(xp.where(seen, per_query_head(geometry.key_norm, rows)[:, :, None, :], 0.0), -1)
-    margin = logit_margin(rows.scale, query_norm(rows)[..., 0], norm, rows.query.shape[-1] + 8)
-    log_k = kept_mass(xp, xp.cast(lse, rows.query.dtype), margin=margin, additions=rows.visible.shape[-1])
-    delta = dropped_mass(xp, log_k, log_p)
+    delta = dropped_mass(xp, _kept(xp, rows, geometry, lse), log_p)
     broken = xp.any_(seen & ~per_query_head(geometry.finite, rows)[:, :, None, :], -1)
     return xp.where(broken | ~xp.isfinite(query_norm(rows)[..., 0]), 1.0, delta), dropped, scores
+
+
+def _kept(xp, rows: Rows, geometry: Geometry, lse: Array) -> Array:
+    """``log K``: what the returned ``lse`` proves to have been kept."""
+    seen = visible_count(rows, geometry.block_size) > 0
+    norm = xp.amax(xp.where(seen, per_query_head(geometry.key_norm, rows)[:, :, None, :], 0.0), -1)
+    margin = logit_margin(rows.scale, query_norm(rows)[..., 0], norm, rows.query.shape[-1] + 8)
+    return kept_mass(xp, xp.cast(lse, rows.query.dtype), margin=margin, additions=rows.visible.shape[-1])
 
 
 def _distance(xp, means: Array, made: Array, rows: Rows, exact_output: bool) -> Array:
@@ -96,26 +102,18 @@ def _reach(xp, rows: Rows, geometry: Geometry, dropped: Array, made: Array, call
     return xp.amax(xp.where(dropped, far, 0.0), -1)
 
 
-def _far_error(xp, rows, geometry, kept, dropped, scores, made, lse, call) -> Array:
+def _far_error(xp, rows, geometry, kept, dropped, scores, made, lse, call, far_field) -> Array:
     """``sum_B [max(U - m, m - L) d_B + U rho_B] / Z_low`` with ``d_B = ||nu_B - o''||`` and ``Z_low = K + sum L_B``."""
-    mass = expand(rows, kept, geometry, _Known(scores), call).mass
+    # m as the output has it, clipped by the bound of the far field; U and L by the bound that certifies
+    mass = expand(rows, kept, front(far_field.geometry, geometry.kv_len), far_field.bound, call).mass
     lower = xp.where(dropped, scores.lower, -math.inf)
-    log_z = xp.logaddexp(lse, xp.logsumexp(lower, -1))[..., None] - 1e-3
+    log_k = _kept(xp, rows, geometry, lse)
+    log_z = xp.logaddexp(log_k, xp.logsumexp(lower, -1))[..., None] - (lower.shape[-1] + 16) * UNIT
     upper, expanded, lower = (xp.exp(x - log_z) for x in (xp.where(dropped, scores.upper, -math.inf), mass, lower))
     distance = _distance(xp, geometry.value_mean, made, rows, xp.itemsize(call.query.dtype) >= 4)
     radius = per_query_head(geometry.value_radius, rows)[:, :, None, :]
     each = xp.maximum(upper - expanded, expanded - lower) * distance + upper * radius
     return xp.where(dropped, each, 0.0).sum(-1)
-
-
-class _Known(Bound):
-    """Brackets that were computed already."""
-
-    def __init__(self, scores):
-        self.scores = scores
-
-    def score(self, rows, geometry, *, brackets=False):
-        return self.scores
 
 
 def true_dropped_mass(call: Call, selection: Selection) -> Float[Array, "batch q_heads q_len"]:

@@ -78,11 +78,15 @@ def _build(xp, key, block_size, asked, value, key_mask, channel_scale) -> Geomet
         parts |= _sub_means(xp, keys, in_block, asked.sub_means, dtype)
     if asked.value:
         worth = xp.cast(value, dtype)
-        worth = blocked(xp.where(xp.all_(xp.isfinite(worth), -1)[..., None], worth, 0.0))
+        sound = xp.all_(xp.isfinite(worth), -1)
+        lost = xp.any_(blocked(takes_part & ~sound, False), -1)
+        worth = blocked(xp.where(sound[..., None], worth, 0.0))
         worth = xp.where(in_block[..., None], worth, 0.0)
         parts["value_mean"] = worth.sum(3) / n[..., None]
         spread = xp.where(in_block[..., None], worth - parts["value_mean"][:, :, :, None, :], 0.0)
-        parts["value_radius"] = xp.amax(xp.norm(spread), -1) * (1.0 + (worth.shape[-1] + 8) * UNIT)
+        radius = xp.amax(xp.norm(spread), -1) * (1.0 + (worth.shape[-1] + 8) * UNIT)
+        # no distance covers a value that is not a number
+        parts["value_radius"] = xp.where(lost, float("inf"), radius)
     if asked.sketch_bits:
         parts["sketch"] = build_sketch(xp.where(valid[..., None], real, 0.0), valid, asked.sketch_bits, block_size, channel_scale)
     return Geometry(block_size, kv_len, asked, count, finite, mean, key_norm, **parts)

@@ -69,14 +69,9 @@ class Stream:
         self._buffers = map_arrays(self.geometry, grow, capacity, keys, keys)
 
     def _write(self, rest: Geometry, sealed: int) -> None:
-        at = {"key": sealed * self.block_size, "block": sealed}
-
-        def put(target, axis, what, source):
-            span = slice(at[what], at[what] + source.shape[axis])
-            target[(slice(None),) * axis + (span,)] = source
-
+        """Put ``rest`` behind the first ``sealed`` blocks of the buffers."""
         sources, targets = [], []
-        map_arrays(rest, lambda x, axis, n: sources.append((x, axis, n)), "block", "key", 0)
-        map_arrays(self._buffers, lambda x, axis, n: targets.append(x), "block", "key", 0)
-        for target, (source, axis, what) in zip(targets, sources, strict=True):
-            put(target, axis, what, source)
+        map_arrays(rest, lambda x, axis, start: sources.append((x, axis, start)), sealed, sealed * self.block_size, 0)
+        map_arrays(self._buffers, lambda x, axis, start: targets.append(x), 0, 0, 0)
+        for target, (source, axis, start) in zip(targets, sources, strict=True):
+            target[(slice(None),) * axis + (slice(start, start + source.shape[axis]),)] = source

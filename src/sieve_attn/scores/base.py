@@ -21,6 +21,8 @@ Array = Any
 class Scorer:
     """Gives every (query, block) an estimate in scaled-logit units; a larger one is kept first."""
 
+    by_key = False  # True where the estimate of a block is made of the keys that the query sees, and of no others
+
     @property
     def statistics(self) -> Statistics:
         """What the geometry must hold."""
@@ -36,6 +38,9 @@ class Scorer:
         seen = visible_count(rows, geometry.block_size) > 0
         lowest = -1e30
         estimate = self.estimate(rows, geometry)
+        if not self.by_key:
+            # statistics of a block that is cut hold keys after the query: it is kept anyway, and must not rank others down
+            estimate = xp.where(cut_blocks(rows, geometry), lowest, estimate)
         estimate = xp.where(seen, xp.where(xp.isnan(estimate), lowest, xp.maximum(estimate, lowest)), -math.inf)
         if not brackets:
             return Scores(estimate)
@@ -94,15 +99,34 @@ def visible_count(rows: Rows, block_size: int) -> Int[Array, "b h rows blocks"]:
     )
 
 
+def cut_blocks(rows: Rows, geometry: Geometry) -> Array:
+    """[rows, blocks] bool: causality, window or packing show the query a part of the block."""
+    xp = arrays.namespace(rows.query)
+
+    def compute():
+        size = geometry.block_size
+        allowed = split_blocks(rows.structural, size, False)
+        absent = split_blocks(xp.full((1, rows.structural.shape[-1]), False, xp.boolean, rows.query), size, True)
+        return xp.any_(allowed, -1) & ~xp.all_(allowed | absent, -1)
+
+    return remember(rows.memo, ("cut", geometry.block_size), compute)
+
+
 def query_norm(rows: Rows) -> Array:
     """[batch, q_heads, rows, 1]"""
     xp = arrays.namespace(rows.query)
     return remember(rows.memo, "query_norm", lambda: xp.norm(rows.query)[..., None] * (1.0 + rows.query.shape[-1] * 2.0**-23))
 
 
+def named(memo: dict, name: str, geometry: Geometry) -> tuple:
+    """A memo key for what depends on ``geometry``, which is kept alive so that its identity stays its own."""
+    memo.setdefault(("geometry", id(geometry)), geometry)
+    return name, id(geometry)
+
+
 def centre_logits(rows: Rows, geometry: Geometry) -> Float[Array, "batch q_heads rows blocks"]:
     """``c = scale * q.mu``, [batch, q_heads, rows, blocks]."""
-    return remember(rows.memo, "centre", lambda: grouped(rows.query, geometry.mean) * rows.scale)
+    return remember(rows.memo, named(rows.memo, "centre", geometry), lambda: grouped(rows.query, geometry.mean) * rows.scale)
 
 
 def bias_range(rows: Rows, block_size: int) -> tuple[Array | float, Array | float]:

@@ -162,6 +162,10 @@ class Tightest(Bound):
     bounds: tuple[Bound, ...]
 
     @property
+    def by_key(self) -> bool:
+        return self.bounds[0].by_key
+
+    @property
     def statistics(self) -> Statistics:
         asked = Statistics()
         for bound in self.bounds:

@@ -17,6 +17,8 @@ Array = Any
 class Exact(Bound):
     """``log sum_{j in block} exp(s_j)`` read from the keys."""
 
+    by_key = True
+
     def estimate(self, rows: Rows, geometry: Geometry) -> Array:
         return exact_block_mass(rows, geometry.block_size)
 

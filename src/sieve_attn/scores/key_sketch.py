@@ -9,8 +9,8 @@ from typing import Any
 from sieve_attn import arrays
 from sieve_attn.bounds import UNIT, logit_margin, round_down, round_up, sketch_lower, sketch_upper, soft_cap
 from sieve_attn.checks import error
-from sieve_attn.geometry.sketch import decode
-from sieve_attn.scores.base import Bound, grouped, per_query_head, query_norm, remember, split_blocks
+from sieve_attn.geometry.sketch import CALIBRATION, decode
+from sieve_attn.scores.base import Bound, exact_block_mass, grouped, named, per_query_head, query_norm, remember, split_blocks
 from sieve_attn.types import Geometry, Rows, Statistics
 
 Array = Any
@@ -32,6 +32,21 @@ def decoded_keys(rows: Rows, geometry: Geometry, bits: int) -> Array:
     return known[:, :, : geometry.kv_len]
 
 
+def _before_calibration(rows: Rows, geometry: Geometry) -> Array:
+    """[batch, q_heads, rows] bool: queries that come before a key that the channel scale was measured on.
+
+    For them the sketch would look ahead; the few keys that they see are read themselves.
+    """
+    xp = arrays.namespace(rows.query)
+    known = xp.cumsum(geometry.count, -1)
+    end = (xp.total(known < CALIBRATION, -1, xp.int64) + 1) * geometry.block_size
+    unknown = known[..., -1] < CALIBRATION
+    last = xp.minimum(end, rows.structural.shape[-1]) - 1
+    sees_last = xp.permute(rows.structural[:, last], (1, 2, 0))
+    early = unknown[..., None] | ((rows.position < end[..., None]) & ~sees_last)
+    return per_query_head(early, rows)
+
+
 @dataclass(frozen=True)
 class KeySketch(Bound):
     """``log sum_{j in block} exp(s^_j)``, ``s^_j`` the logit of the key as ``bits`` bits a channel remember it.
@@ -45,6 +60,7 @@ class KeySketch(Bound):
 
     bits: int = 4
     query_bits: int | None = None
+    by_key = True
 
     def __post_init__(self):
         if isinstance(self.bits, bool) or self.bits not in range(1, 9):
@@ -72,14 +88,18 @@ class KeySketch(Bound):
         bits = min(self.bits, geometry.sketch.bits)
         query, _ = self._query(rows, geometry)
         return remember(
-            rows.memo, ("sketched", bits, self.query_bits), lambda: grouped(query, decoded_keys(rows, geometry, bits)) * rows.scale
+            rows.memo, named(rows.memo, f"sketched {bits} {self.query_bits}", geometry), lambda: grouped(query, decoded_keys(rows, geometry, bits)) * rows.scale
         )
 
     def estimate(self, rows: Rows, geometry: Geometry) -> Array:
         xp = arrays.namespace(rows.query)
         logits = soft_cap(xp, self._logits(rows, geometry), rows.softcap)
         logits = xp.where(rows.visible, logits if rows.bias is None else logits + rows.bias, -math.inf)
-        return xp.logsumexp(split_blocks(logits, geometry.block_size, -math.inf), -1)
+        estimate = xp.logsumexp(split_blocks(logits, geometry.block_size, -math.inf), -1)
+        early = _before_calibration(rows, geometry)
+        if not bool(early.any()):
+            return estimate
+        return xp.where(early[..., None], exact_block_mass(rows, geometry.block_size), estimate)
 
     def _errors(self, rows: Rows, geometry: Geometry) -> tuple[Array, Array]:
         """``E_j`` [batch, q_heads, rows, kv_len] and the spectral ``T`` [batch, q_heads, rows, blocks], in logit units."""

@@ -19,6 +19,7 @@ class Random(Heuristic):
     """A fixed pseudo-random number for every (head, query position, block): the same on every backend and chunking."""
 
     seed: int = 0
+    by_key = True
 
     def estimate(self, rows: Rows, geometry: Geometry) -> Array:
         xp = arrays.namespace(rows.query)

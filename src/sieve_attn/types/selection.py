@@ -213,7 +213,7 @@ class Selection:
         return self.rows(0, self.q_len, like)
 
     def __or__(self, other: Selection) -> Selection:
-        mine, theirs = list(self.parts), list(other.parts)
+        mine, theirs = _overlapping(self.parts), _overlapping(other.parts)
         for part in theirs:
             same = next((i for i, p in enumerate(mine) if type(p) is type(part) and not isinstance(p, Tokens)), None)
             if same is None:
@@ -221,6 +221,12 @@ class Selection:
             else:
                 mine[same] = mine[same].union(part)
         return Selection(_disjoint(mine))
+
+
+def _overlapping(parts: tuple) -> list:
+    """Offsets that gave way to a prefix beside them, as they were: the prefix keeps those keys anyway."""
+    prefix = max((p.prefix for p in parts if isinstance(p, Ranges)), default=0)
+    return [replace(p, first_key=0) if isinstance(p, Offsets) and p.first_key <= prefix else p for p in parts]
 
 
 def _disjoint(parts: list) -> tuple:
@@ -240,5 +246,5 @@ def _disjoint(parts: list) -> tuple:
             f"selections combine over the same lengths only; got q_len {ranges.q_len} and {offsets.q_len}, "
             f"kv_len {ranges.kv_len} and {offsets.kv_len}; build both for one call"
         )
-    beyond = tuple(s for s in offsets.offsets if s >= max(ranges.window, 0) and s >= 0)
+    beyond = tuple(s for s in offsets.offsets if s >= ranges.window or s < 0)
     return (ranges, replace(offsets, offsets=beyond, first_key=max(offsets.first_key, ranges.prefix)))
