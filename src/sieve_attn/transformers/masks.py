@@ -42,8 +42,8 @@ def mask_function(batch_size: int, q_length: int, kv_length: int, q_offset: Any 
     seen = int(q_offset) + q_length - int(kv_offset)
     pattern = _read_pattern(mask_function)
     carrier = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
-    layout = Layout(seen, pattern.get("window"), _padding(attention_mask, int(kv_offset), seen, batch_size), _edges(pattern.get("packed")))
-    setattr(carrier, _CARRIER, layout)
+    padding = _padding(attention_mask, int(kv_offset), seen, batch_size)
+    setattr(carrier, _CARRIER, Layout(seen, pattern.get("window"), padding, _edges(pattern.get("packed"))))
     return carrier
 
 
@@ -67,7 +67,8 @@ def _own_mask(mask: Tensor) -> dict[str, Tensor]:
     if mask.dtype == torch.bool:
         return {"mask": mask}
     if not mask.dtype.is_floating_point:
-        raise error("attention_mask", "with four axes must be boolean or additive (floating)", f"dtype {mask.dtype}", "cast it to bool")
+        raise error("attention_mask", "with four axes must be boolean or additive (floating)", f"dtype {mask.dtype}",
+                    "cast it to bool")
     hidden = mask <= torch.finfo(mask.dtype).min / 2
     if not (mask.masked_fill(hidden, 0.0) != 0).any():
         return {"mask": ~hidden}
