@@ -61,8 +61,11 @@ def _window(rng: Random, text: str, size: int) -> str:
 
 
 def _woven(rng: Random, text: str, size: int) -> list[Piece]:
-    """A window of source whose line ends carry facts and later questions about them, in task formats."""
-    budget = int(size * rng.uniform(0.05, 0.7))
+    """A window of source whose line ends carry facts and later questions about them, in task formats.
+
+    Their share of the bytes is log-uniform: some sequences are dense, some hide a few facts in much source.
+    """
+    budget = int(size * 10 ** rng.uniform(-2.0, -0.2))
     families = [family for family in (_passkeys, _pairs, _chains) if rng.random() < 0.55] or [_pairs]
     events = [event for family in families for event in family(rng, budget // len(families))]
     events.sort(key=lambda event: event[0])

@@ -119,11 +119,11 @@ def TopBlocks(k: int = 64, *, bits: int = 4, sinks: int = 16, window: int = 64, 
     return Policy(KeySketch(bits), TopK(k), _ends(sinks, window), query_stride=query_stride)
 
 
-def Adaptive(mass: float = 0.99, *, bits: int = 4, sinks: int = 16, window: int = 64, query_stride: int = 4,
+def Adaptive(mass: float = 0.99, *, bits: int = 4, sinks: int = 16, window: int = 64, query_stride: int = 1,
              dense_above: float = 1.0) -> Policy:
-    """The smallest set of blocks estimated to hold ``mass`` of the softmax of every query looked at: one knob.
+    """The smallest set of blocks that is estimated to hold ``mass`` of every query's softmax: one knob.
 
-    ``query_stride=1`` looks at every query of a tile, 4 at every 4th (and the last); the others share what those chose.
+    ``query_stride=4`` looks at every 4th query of a tile (and the last) only: cheaper, and the others are promised nothing.
     """
     return Policy(KeySketch(bits), Mass(mass), _ends(sinks, window), query_stride=query_stride, dense_above=dense_above)
 
@@ -173,7 +173,9 @@ def parse(text: str) -> Policy:
 def _construct(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         arguments = [_construct(a, text) for a in node.args]
-        named = {k.arg: _construct(k.value, text) for k in node.keywords if k.arg}
+        if any(k.arg is None for k in node.keywords):
+            raise error("policy", "may hold plain keywords only", repr(text), "write the arguments out")
+        named = {k.arg: _construct(k.value, text) for k in node.keywords}
         return _maker(node.func.id)(*arguments, **named)
     if isinstance(node, ast.Name):
         constants = {"inf": float("inf"), "nan": float("nan")}

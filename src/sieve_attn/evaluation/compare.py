@@ -109,7 +109,8 @@ class _Run:
         """[keep, vocabulary] fp32 logits of the last positions; the cache grows by ``ids``."""
         out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
         self.cache = out.past_key_values
-        return out.logits[0].float()
+        # the copy waits for the device: clocks around it are honest
+        return out.logits[0].float().cpu()
 
     def step(self, token: int) -> Tensor:
         return self.forward(self.ids.new_tensor([[token]]))[0]
@@ -197,10 +198,10 @@ def _crop(run: _Run, length: int) -> bool:
 
 
 def _sampled(spans: list[tuple[int, int]], steps: int) -> str:
-    parts = [f"prompt positions {start:,} to {stop - 1:,}" for start, stop in reversed(spans)]
     if not spans:
         return "no query: this cache cannot be cropped"
-    return ", ".join([*parts, f"the first {steps} decode steps"] if steps else parts)
+    prompt = "prompt positions " + ", ".join(f"{start:,}–{stop - 1:,}" for start, stop in reversed(spans))
+    return f"{prompt} and the first {steps} decode steps" if steps else prompt
 
 
 def _layers(prefilled: list, decoded: list, measured: list, tell: Progress) -> list[Layer]:

@@ -118,6 +118,7 @@ class Comparison:
     fallbacks: dict[str, int]
     requested_sparsity: float | None
     environment: dict[str, str]
+    error_unit: str = "absolute, in the units of the values"
 
     @property
     def density(self) -> float:

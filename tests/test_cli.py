@@ -1,0 +1,156 @@
+"""The command line: every command runs, ``--json`` is one document, errors are one readable line and exit code 2."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from sieve_attn import __version__
+from sieve_attn.cli import app
+from sieve_attn.cli.options import LEAST_DEMO_BYTES, demo_prompt
+from sieve_attn.evaluation.tasks import HELD_OUT
+
+TEXT = "import json\n\n\ndef area(radius):\n    return 3 * radius * radius\n" * 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=8, max_position_embeddings=4096, eos_token_id=1, pad_token_id=0,
+                         bos_token_id=None)
+    LlamaForCausalLM(config).save_pretrained(path)
+    ByT5Tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def sieve(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def test_generate_prints_the_text_alone_on_stdout_and_the_rest_on_stderr(folder):
+    dense = sieve("generate", "--model", folder, "--prompt", TEXT, "--max-tokens", 4)
+    assert dense.exit_code == 0
+    assert "tokens/s" in dense.stderr
+    assert "tokens/s" not in dense.stdout
+    sparse = sieve("generate", "--model", folder, "--prompt", TEXT, "--max-tokens", 4, "--max-error", 0.5, "--compare-baseline")
+    assert "Certified(error=0.5)" in sparse.stderr
+    assert "dense: prefill" in sparse.stderr
+
+
+def test_generate_json_is_one_document(folder):
+    flags = ["--model", folder, "--prompt", TEXT, "--max-tokens", 4, "--json"]
+    found = json.loads(sieve("generate", *flags, "--policy", "top_blocks(k=1)", "--compare-baseline").stdout)
+    assert len(found["tokens"]) <= 4
+    assert found["report"]["density"] < 1.0
+    assert found["baseline"]["report"] is None
+    sampled = [json.loads(sieve("generate", *flags, "--temperature", 1, "--seed", seed).stdout)["tokens"] for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_the_flags_of_aether_build_its_configuration(folder):
+    flags = ["--block-size", 16, "--threshold", 0.5, "--local-window", 1]
+    found = json.loads(sieve("generate", "--model", folder, "--prompt", TEXT, "--max-tokens", 2, "--json", *flags).stdout)
+    assert "EventRadar" in found["report"]["policy"]
+    assert "Threshold(threshold=0.5)" in found["report"]["policy"]
+    assert "block_size=16" in found["report"]["policy"]
+
+
+def test_compare_says_how_fast_how_sparse_and_how_wrong(folder, tmp_path):
+    file, page = tmp_path / "prompt.py", tmp_path / "page.html"
+    file.write_text(TEXT)
+    flags = ["--max-tokens", 4, "--policy", "top_blocks(k=2)", "--html", page]
+    told = sieve("compare", "--model", folder, "--prompt-file", file, *flags)
+    assert told.exit_code == 0
+    for wanted in ("prefill", "decode step, median", "gate, share of attention", "certified", "output error", "Next tokens",
+                   "the dense continuation, teacher-forced", "0 above their certificate", "On the reference backend prefill took",
+                   "prompt.py", "wrote", f"report page: {page}"):  # fmt: skip
+        assert wanted in told.stdout.replace("\n", " "), wanted
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_compare_json_holds_every_figure(folder):
+    flags = ["--prompt", TEXT, "--max-tokens", 4, "--target-sparsity", 0.5, "--json"]
+    found = json.loads(sieve("compare", "--model", folder, *flags).stdout)
+    assert found["requested_sparsity"] == 0.5
+    assert 0.0 <= found["achieved_sparsity"] < 1.0
+    assert found["backend"] == "reference"
+    assert found["violations"] == 0
+    assert [layer["layer"] for layer in found["layers"]] == [0, 1]
+    for layer in found["layers"]:
+        assert layer["certified_dropped_mass"]["max"] >= layer["true_dropped_mass"]["max"] * 0.999
+        assert layer["output_error"]["p50"] <= layer["output_error"]["p99"] <= layer["output_error"]["max"]
+    assert [a["positions"] for a in found["agreement"]] == [4, 256]
+    assert found["dense"]["prefill_seconds"] > 0
+
+
+def test_compare_with_everything_kept_finds_no_difference(folder):
+    flags = ["--prompt", "abc" * 30, "--policy", "dense", "--max-tokens", 3, "--json"]
+    found = json.loads(sieve("compare", "--model", folder, *flags).stdout)
+    assert found["density"] == 1.0
+    assert found["dense"]["tokens"] == found["sparse"]["tokens"]
+    assert all(a["share"] == 1.0 for a in found["agreement"])
+    assert found["true_dropped_mass"]["max"] == 0.0
+
+
+def test_inspect_writes_the_page(folder, tmp_path):
+    page = tmp_path / "out.html"
+    flags = ["--prompt", TEXT, "--max-tokens", 2, "--output", page, "--json"]
+    found = json.loads(sieve("inspect", "--model", folder, *flags).stdout)
+    assert found == {"page": str(page), "bytes": page.stat().st_size}
+
+
+def test_doctor_says_what_runs_and_why_others_do_not():
+    found = json.loads(sieve("doctor", "--json").stdout)
+    assert found["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert found["packages"]["sieve-attn"] == __version__
+    backends = found["backends"]["torch on cpu, float32, head_dim 64"]
+    assert backends["reference"] == []
+    assert list(backends) == ["triton", "native", "reference"]
+    told = sieve("doctor").stdout
+    for name, reasons in backends.items():
+        assert name in told
+        assert not reasons or reasons[0] in told.replace("\n", " ")
+
+
+def test_the_demo_prompt_is_long_real_and_held_out():
+    text, source = demo_prompt()
+    assert len(text.encode()) >= LEAST_DEMO_BYTES
+    assert text.endswith("\n")
+    assert source.partition(" ")[0] in HELD_OUT
+
+
+def test_help_needs_no_framework():
+    code = "import sys, sieve_attn.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    told = sieve("--help").stdout
+    assert all(name in told for name in ("generate", "compare", "inspect", "doctor"))
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["generate", "--prompt", "x", "--policy", "top_bloks(k=3)"], "`policy` must be made of known names"),
+    (["generate", "--prompt", "x", "--policy", "top_blocks(k=3)", "--max-error", 0.1], "`policy` must be given in one way"),
+    (["generate", "--prompt", "x", "--max-error", 2], "`error` must lie in [0, 1]; got 2.0"),
+    (["generate", "--prompt", "x", "--block-size", 0], "`block_size` must be an integer of at least 1; got 0"),
+    (["generate", "--prompt", "x", "--threads", 0], "`threads` must be an integer of at least 1; got 0"),
+    (["generate", "--prompt", "x", "--dtype", "int3"], "`dtype` must be one of"),
+    (["generate", "--prompt", "x", "--model", "/no/such/folder"], "`model` must be a folder with a readable model"),
+    (["generate", "--prompt", "x", "--policy", "dense", "--backend", "abacus"], "`backend` must be 'auto' or one of"),
+    (["generate"], "`prompt` must be given once, as --prompt or as --prompt-file; got neither"),
+    (["compare", "--prompt", "x", "--prompt-file", "y"], "`prompt` must be given once, as --prompt or as --prompt-file; got bo"),
+    (["compare", "--prompt", ""], "`prompt` must not be empty"),
+    (["compare", "--prompt-file", "/no/such/file"], "`prompt-file` must be a readable UTF-8 text"),
+    (["compare", "--prompt", "x"], "`prompt` must have at least 2 tokens"),
+    (["inspect", "--prompt", "xyz", "--max-tokens", 0], "`max_tokens` must be an integer of at least 1; got 0"),
+])
+def test_user_errors_are_one_line_on_stderr_and_exit_code_2(arguments, said):
+    told = sieve(*arguments)
+    assert told.exit_code == 2
+    assert told.stderr.startswith(f"sieve: {said}")
+    assert "Traceback" not in told.stderr
+    assert told.stdout == ""
