@@ -25,7 +25,8 @@ soak: setup
 	$(BIN)/python -m pytest -m long
 
 lint: setup
-	$(BIN)/ruff check src tests models examples
+	$(BIN)/ruff check --quiet src tests models docs
+	$(BIN)/ruff format --check --quiet src tests models docs
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis sieve-report.html

@@ -1,7 +1,7 @@
 """Held-out bits per byte and retrieval accuracy of an exported model with dense attention.
 
-    python models/evaluate.py                      # the embedded model, all lengths
-    python models/evaluate.py --lengths 1024 2048 --examples 50 --json result.json
+python models/evaluate.py                      # the embedded model, all lengths
+python models/evaluate.py --lengths 1024 2048 --examples 50 --json result.json
 """
 
 from __future__ import annotations

@@ -141,9 +141,7 @@ def load_exported(model: Llama, folder: Path) -> None:
     model.load_state_dict({name: t.float() for name, t in load_file(folder / "model.safetensors").items()})
 
 
-def save_checkpoint(
-    folder: Path, model: Llama, optimizers: list[torch.optim.Optimizer], progress: Progress, rng: Random
-) -> None:
+def save_checkpoint(folder: Path, model: Llama, optimizers: list[torch.optim.Optimizer], progress: Progress, rng: Random) -> None:
     state = {
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -153,9 +151,7 @@ def save_checkpoint(
     replace_file(folder / "latest.pt", lambda path: torch.save(state, path))
 
 
-def load_checkpoint(
-    folder: Path, model: Llama, optimizers: list[torch.optim.Optimizer], rng: Random
-) -> Progress:
+def load_checkpoint(folder: Path, model: Llama, optimizers: list[torch.optim.Optimizer], rng: Random) -> Progress:
     state = torch.load(folder / "latest.pt", weights_only=True)
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):

@@ -50,7 +50,9 @@ def test_bennett_is_reached_by_its_two_points():
     reach, variance = 2.0, 0.5
     p = variance / (reach**2 + variance)
     exact = math.log(p * math.exp(reach) + (1 - p) * math.exp(-variance / reach))
-    assert float(bounds.bennett_log_mgf(xp, np.asarray(reach), np.asarray(variance), np.asarray(1e9))) == pytest.approx(exact, rel=1e-12)
+    assert float(bounds.bennett_log_mgf(xp, np.asarray(reach), np.asarray(variance), np.asarray(1e9))) == pytest.approx(
+        exact, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(("reach", "variance"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
@@ -76,8 +78,14 @@ def test_log_cosh(x):
 
 
 @LAWS
-@given(seeds(), st.floats(5.0, 60.0), st.floats(0.05, 30.0), st.floats(-80, 80), st.integers(2, 64),
-       st.sampled_from(["normal", "two points", "heavy"]))
+@given(
+    seeds(),
+    st.floats(5.0, 60.0),
+    st.floats(0.05, 30.0),
+    st.floats(-80, 80),
+    st.integers(2, 64),
+    st.sampled_from(["normal", "two points", "heavy"]),
+)
 def test_soft_cap_shifts_hold(seed, cap, size, centre, n, kind):
     x = size * centred(np.random.default_rng(seed), n, kind)
     capped = cap * np.tanh((centre + x) / cap)
@@ -144,10 +152,19 @@ def test_dropped_mass_is_at_least_its_definition(kept, dropped):
     assert delta > 0
 
 
-@pytest.mark.parametrize(("kept", "dropped", "wanted"), [
-    (0.0, -math.inf, 0.0), (-math.inf, -math.inf, 0.0), (-math.inf, 3.0, 1.0), (math.nan, 0.0, 1.0), (0.0, math.nan, 1.0),
-    (0.0, math.inf, 1.0), (math.inf, math.inf, 1.0), (500.0, -500.0, 2.0**-126),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kept", "dropped", "wanted"),
+    [
+        (0.0, -math.inf, 0.0),
+        (-math.inf, -math.inf, 0.0),
+        (-math.inf, 3.0, 1.0),
+        (math.nan, 0.0, 1.0),
+        (0.0, math.nan, 1.0),
+        (0.0, math.inf, 1.0),
+        (math.inf, math.inf, 1.0),
+        (500.0, -500.0, 2.0**-126),
+    ],
+)
 def test_dropped_mass_at_the_edges(kept, dropped, wanted):
     with np.errstate(invalid="ignore"):
         assert float(bounds.dropped_mass(xp, np.float32(kept), np.float32(dropped))) == wanted

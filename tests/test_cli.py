@@ -21,9 +21,19 @@ TEXT = "import json\n\n\ndef area(radius):\n    return 3 * radius * radius\n" * 
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=8, max_position_embeddings=4096, eos_token_id=1, pad_token_id=0,
-                         bos_token_id=None)
+    config = LlamaConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=4096,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
     LlamaForCausalLM(config).save_pretrained(path)
     ByT5Tokenizer().save_pretrained(path)
     return str(path)
@@ -132,22 +142,28 @@ def test_help_needs_no_framework():
     assert all(name in told for name in ("generate", "compare", "inspect", "doctor"))
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["generate", "--prompt", "x", "--policy", "top_bloks(k=3)"], "`policy` must be made of known names"),
-    (["generate", "--prompt", "x", "--policy", "top_blocks(k=3)", "--max-error", 0.1], "`policy` must be given in one way"),
-    (["generate", "--prompt", "x", "--max-error", 2], "`error` must lie in [0, 1]; got 2.0"),
-    (["generate", "--prompt", "x", "--block-size", 0], "`block_size` must be an integer of at least 1; got 0"),
-    (["generate", "--prompt", "x", "--threads", 0], "`threads` must be an integer of at least 1; got 0"),
-    (["generate", "--prompt", "x", "--dtype", "int3"], "`dtype` must be one of"),
-    (["generate", "--prompt", "x", "--model", "/no/such/folder"], "`model` must be a folder with a readable model"),
-    (["generate", "--prompt", "x", "--policy", "dense", "--backend", "abacus"], "`backend` must be 'auto' or one of"),
-    (["generate"], "`prompt` must be given once, as --prompt or as --prompt-file; got neither"),
-    (["compare", "--prompt", "x", "--prompt-file", "y"], "`prompt` must be given once, as --prompt or as --prompt-file; got bo"),
-    (["compare", "--prompt", ""], "`prompt` must not be empty"),
-    (["compare", "--prompt-file", "/no/such/file"], "`prompt-file` must be a readable UTF-8 text"),
-    (["compare", "--prompt", "x"], "`prompt` must have at least 2 tokens"),
-    (["inspect", "--prompt", "xyz", "--max-tokens", 0], "`max_tokens` must be an integer of at least 1; got 0"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "--prompt", "x", "--policy", "top_bloks(k=3)"], "`policy` must be made of known names"),
+        (["generate", "--prompt", "x", "--policy", "top_blocks(k=3)", "--max-error", 0.1], "`policy` must be given in one way"),
+        (["generate", "--prompt", "x", "--max-error", 2], "`error` must lie in [0, 1]; got 2.0"),
+        (["generate", "--prompt", "x", "--block-size", 0], "`block_size` must be an integer of at least 1; got 0"),
+        (["generate", "--prompt", "x", "--threads", 0], "`threads` must be an integer of at least 1; got 0"),
+        (["generate", "--prompt", "x", "--dtype", "int3"], "`dtype` must be one of"),
+        (["generate", "--prompt", "x", "--model", "/no/such/folder"], "`model` must be a folder with a readable model"),
+        (["generate", "--prompt", "x", "--policy", "dense", "--backend", "abacus"], "`backend` must be 'auto' or one of"),
+        (["generate"], "`prompt` must be given once, as --prompt or as --prompt-file; got neither"),
+        (
+            ["compare", "--prompt", "x", "--prompt-file", "y"],
+            "`prompt` must be given once, as --prompt or as --prompt-file; got bo",
+        ),
+        (["compare", "--prompt", ""], "`prompt` must not be empty"),
+        (["compare", "--prompt-file", "/no/such/file"], "`prompt-file` must be a readable UTF-8 text"),
+        (["compare", "--prompt", "x"], "`prompt` must have at least 2 tokens"),
+        (["inspect", "--prompt", "xyz", "--max-tokens", 0], "`max_tokens` must be an integer of at least 1; got 0"),
+    ],
+)
 def test_user_errors_are_one_line_on_stderr_and_exit_code_2(arguments, said):
     told = sieve(*arguments)
     assert told.exit_code == 2

@@ -42,8 +42,9 @@ def test_certificates_cover_the_truth_for_every_policy_and_bound(layers):
     pairs = 0
     for call in layers:
         for policy in (policies.TopBlocks(4), policies.Quest(6), policies.Windowed(16, 64), policies.Adaptive(0.9)):
-            _, lse, report = attention(call.query, call.key, call.value, policy, causal=True, scale=call.scale,
-                                       return_lse=True, return_report=True)
+            _, lse, report = attention(
+                call.query, call.key, call.value, policy, causal=True, scale=call.scale, return_lse=True, return_report=True
+            )
             truth = true_dropped_mass(_double(call), report.selection)
             for bound in (KeySketch(4), KeySketch(8), Box(), Euclidean()):
                 built = geometry.build(call.key, 16, bound.statistics)
@@ -58,18 +59,29 @@ def test_eight_bit_proofs_are_tight(layers):
     kept, needed, ratios = 0, 0, []
     for call in layers:
         policy = policies.Certified(ERROR, sinks=0, window=0)
-        _, lse, report = attention(call.query, call.key, call.value, policy, causal=True, scale=call.scale, per_query=True,
-                                   return_lse=True, return_report=True)
+        _, report = attention(
+            call.query, call.key, call.value, policy, causal=True, scale=call.scale, per_query=True, return_report=True
+        )
         kept += int(report.selection.blocks.row_mask.sum()) * (call.query.shape[1] // call.key.shape[1])
         needed += _oracle_blocks(call)
-        top = attention(call.query, call.key, call.value, policies.TopBlocks(8), causal=True, scale=call.scale,
-                        return_lse=True, return_report=True)
+        top = attention(
+            call.query,
+            call.key,
+            call.value,
+            policies.TopBlocks(8),
+            causal=True,
+            scale=call.scale,
+            return_lse=True,
+            return_report=True,
+        )
         built = geometry.build(call.key, 16, Statistics(sketch_bits=8))
         certified = certify(call, top[2].selection, built, KeySketch(8), top[1]).dropped_mass.double()
         truth = true_dropped_mass(_double(call), top[2].selection)
         ratios.append((certified / truth)[truth > 1e-4])
     ratio = float(torch.cat(ratios).median())
-    print(f"embedded keys, error {ERROR}: {kept} blocks kept, {needed} needed ({kept / needed:.3f}x); certified/true {ratio:.3f}x")
+    print(
+        f"embedded keys, error {ERROR}: {kept} blocks kept, {needed} needed ({kept / needed:.3f}x); certified/true {ratio:.3f}x"
+    )
     assert kept <= 1.3 * needed
     assert ratio <= 3.0
 

@@ -14,9 +14,19 @@ PROMPTS = ["import json\n", "def area(radius):\n    return ", "x"]
 
 def tiny_model(layers=2):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=8, max_position_embeddings=4096, eos_token_id=1, pad_token_id=0,
-                         bos_token_id=None)
+    config = LlamaConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=4096,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -132,35 +142,41 @@ def test_the_configuration_is_the_published_gate():
     assert (type(other.selector).__name__, other.min_seq_length) == ("Certified", 99)
 
 
-@pytest.mark.parametrize(("fields", "kind", "said"), [
-    ({"block_size": 48.5}, ValueError, r"`block_size` must be an integer of at least 1; got 48.5; try 16 or 64"),
-    ({"threshold": float("nan")}, ValueError, r"`threshold` must be a number and not NaN; got nan"),
-    ({"local_window": -1}, ValueError, r"`local_window` must be an integer of at least 0; got -1; in blocks"),
-    ({"use_variance": 1}, TypeError, r"`use_variance` must be True or False; got 1; pass a bool"),
-    ({"target_sparsity": 1.5}, ValueError, r"`target_sparsity` must lie in \[0, 1\]; got 1.5"),
-    ({"recency_decay": 0.0}, ValueError, r"`recency_decay` must lie in \(0, 1\]; got 0.0"),
-    ({"recency": "newest"}, ValueError, r"`recency` must be 'additive' or 'legacy'; got 'newest'"),
-    ({"min_seq_length": None}, ValueError, r"`min_seq_length` must be an integer of at least 0; got None"),
-    ({"policy": 3}, TypeError, r"`policy` must be a Policy or None; got 3"),
-    ({"policy": "nothing()"}, ValueError, r"`policy` must be made of known names: .*; got 'nothing'; check the spelling"),
-])
+@pytest.mark.parametrize(
+    ("fields", "kind", "said"),
+    [
+        ({"block_size": 48.5}, ValueError, r"`block_size` must be an integer of at least 1; got 48.5; try 16 or 64"),
+        ({"threshold": float("nan")}, ValueError, r"`threshold` must be a number and not NaN; got nan"),
+        ({"local_window": -1}, ValueError, r"`local_window` must be an integer of at least 0; got -1; in blocks"),
+        ({"use_variance": 1}, TypeError, r"`use_variance` must be True or False; got 1; pass a bool"),
+        ({"target_sparsity": 1.5}, ValueError, r"`target_sparsity` must lie in \[0, 1\]; got 1.5"),
+        ({"recency_decay": 0.0}, ValueError, r"`recency_decay` must lie in \(0, 1\]; got 0.0"),
+        ({"recency": "newest"}, ValueError, r"`recency` must be 'additive' or 'legacy'; got 'newest'"),
+        ({"min_seq_length": None}, ValueError, r"`min_seq_length` must be an integer of at least 0; got None"),
+        ({"policy": 3}, TypeError, r"`policy` must be a Policy or None; got 3"),
+        ({"policy": "nothing()"}, ValueError, r"`policy` must be made of known names: .*; got 'nothing'; check the spelling"),
+    ],
+)
 def test_configuration_errors_name_field_rule_value_and_remedy(fields, kind, said):
     with pytest.raises(kind, match=said):
         AetherSparseAttentionConfig(**fields)
 
 
-@pytest.mark.parametrize(("arguments", "kind", "said"), [
-    ({"prompts": ""}, ValueError, r"`prompts` must hold at least one prompt and none that is empty; got ''"),
-    ({"prompts": []}, ValueError, r"`prompts` must hold at least one prompt"),
-    ({"prompts": ["a", ""]}, ValueError, r"`prompts` must hold at least one prompt"),
-    ({"prompts": 5}, TypeError, r"`prompts` must be a string or a list of strings; got int"),
-    ({"prompts": [b"a"]}, TypeError, r"`prompts` must be a string or a list of strings; got list"),
-    ({"max_tokens": 0}, ValueError, r"`max_tokens` must be an integer of at least 1; got 0; ask for at least one token"),
-    ({"temperature": -1}, ValueError, r"`temperature` must be a finite number, 0 or more; got -1"),
-    ({"top_p": 0}, ValueError, r"`top_p` must lie in \(0, 1\]; got 0"),
-    ({"stop": [""]}, ValueError, r"`stop` must be a string or several, none empty; got \[''\]"),
-    ({"seed": [1, 2]}, ValueError, r"`seed` must be one integer or 1, one a prompt; got \[1, 2\]; try seed=0"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "kind", "said"),
+    [
+        ({"prompts": ""}, ValueError, r"`prompts` must hold at least one prompt and none that is empty; got ''"),
+        ({"prompts": []}, ValueError, r"`prompts` must hold at least one prompt"),
+        ({"prompts": ["a", ""]}, ValueError, r"`prompts` must hold at least one prompt"),
+        ({"prompts": 5}, TypeError, r"`prompts` must be a string or a list of strings; got int"),
+        ({"prompts": [b"a"]}, TypeError, r"`prompts` must be a string or a list of strings; got list"),
+        ({"max_tokens": 0}, ValueError, r"`max_tokens` must be an integer of at least 1; got 0; ask for at least one token"),
+        ({"temperature": -1}, ValueError, r"`temperature` must be a finite number, 0 or more; got -1"),
+        ({"top_p": 0}, ValueError, r"`top_p` must lie in \(0, 1\]; got 0"),
+        ({"stop": [""]}, ValueError, r"`stop` must be a string or several, none empty; got \[''\]"),
+        ({"seed": [1, 2]}, ValueError, r"`seed` must be one integer or 1, one a prompt; got \[1, 2\]; try seed=0"),
+    ],
+)
 def test_generate_errors_name_argument_rule_value_and_remedy(llm, arguments, kind, said):
     with pytest.raises(kind, match=said):
         llm.generate(**{"prompts": "a", **arguments})

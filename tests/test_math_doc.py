@@ -56,8 +56,7 @@ def exact_mass(call, size=16):
 
 def test_every_numbered_statement_has_a_test():
     stated = set(re.findall(r"^\*\*(\d\.\d)", DOCUMENT.read_text(), re.M))
-    tested = {f"{a}.{b}" for name in globals() if name.startswith("test_")
-              for a, b in re.findall(r"(?<=_)(\d)_(\d)(?=_)", name)}
+    tested = {f"{a}.{b}" for name in globals() if name.startswith("test_") for a, b in re.findall(r"(?<=_)(\d)_(\d)(?=_)", name)}
     assert stated - tested == {"9.4", "9.5"}, "9.4 and 9.5 are remarks"
 
 
@@ -114,7 +113,6 @@ def test_3_2_ball_3_3_box_and_3_4_mass_from_a_range(rng):
     assert math.log(16) + lower <= xp.logsumexp(s, 0) <= math.log(16) + upper
 
 
-
 def test_3_5_cosh(rng):
     x = centred(rng)
     reach = np.abs(x).max(-1)
@@ -132,8 +130,10 @@ def test_3_6_bennett_is_reached_and_monotone(rng):
     assert (np.diff(values, axis=1) >= -1e-12).all()
     r, var = 2.0, 0.5  # the two points themselves
     p = var / (r * r + var)
-    assert np.isclose(math.log(p * math.exp(r) + (1 - p) * math.exp(-var / r)),
-                      bounds.bennett_log_mgf(xp, np.array(r), np.array(var), np.array(1e6)))
+    assert np.isclose(
+        math.log(p * math.exp(r) + (1 - p) * math.exp(-var / r)),
+        bounds.bennett_log_mgf(xp, np.array(r), np.array(var), np.array(1e6)),
+    )
 
 
 def test_3_7_clamps(rng):
@@ -199,7 +199,7 @@ def test_4_1_planes_are_nested_and_symmetric():
     call = call_of()
     sketch = geometry.build(call.key, 16, Statistics(sketch_bits=8)).sketch
     whole = decode(sketch, 8)
-    step = (sketch.scale.double()[..., None] * sketch.channel_scale.double()[:, :, None, :])
+    step = sketch.scale.double()[..., None] * sketch.channel_scale.double()[:, :, None, :]
     for bits in range(1, 8):
         apart = (decode(sketch, bits) - whole) / step
         assert apart.abs().max() <= (2 ** (8 - bits) - 1) / 2 + 1e-9
@@ -223,7 +223,6 @@ def test_4_2_per_key_4_3_and_4_4_per_block(bits, query_bits):
         mass = truth.unflatten(-1, (-1, 16)).logsumexp(-1)
         assert (found.lower.double() <= mass).all()
         assert (mass <= found.upper.double()).all()
-
 
 
 def test_4_4_spectral_bracket_on_the_worst_errors(rng):
@@ -298,7 +297,6 @@ def test_6_2_proved_mass_holds_and_6_5_the_certificate_meets_it(error):
         _, report = pipeline.attention(call.query, call.key, call.value, policy, return_report=True)
         assert float(report.certificate.dropped_mass.max()) <= error
         assert (certify.true_dropped_mass(call, report.selection) <= report.certificate.dropped_mass).all()
-
 
 
 def test_6_3_the_first_success_is_final(rng):

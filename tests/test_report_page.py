@@ -67,7 +67,7 @@ def read(found):
 
 
 def page_data(reader):
-    return json.loads(next(s for s in reader.scripts if s.lstrip().startswith("{\"length")))
+    return json.loads(next(s for s in reader.scripts if s.lstrip().startswith('{"length')))
 
 
 def test_nothing_is_loaded_from_anywhere(found, read):
@@ -106,8 +106,19 @@ def test_every_layer_and_head_is_there_with_its_map_and_curves(found, read):
 
 def test_headings_labels_and_notes_are_there(read, found):
     text = "".join(read.text)
-    for wanted in ("Summary", "Which keys were kept", "Density", "Certificate", "Per layer", "Both texts", "How to read this",
-                   "Requested sparsity 80.0 %", found.speed, "none of them drops more than its certificate", "9 of 10"):
+    for wanted in (
+        "Summary",
+        "Which keys were kept",
+        "Density",
+        "Certificate",
+        "Per layer",
+        "Both texts",
+        "How to read this",
+        "Requested sparsity 80.0 %",
+        found.speed,
+        "none of them drops more than its certificate",
+        "9 of 10",
+    ):
         assert wanted in text, wanted
     tags = [tag for tag, _ in read.seen]
     assert tags.count("h1") == tags.count("main") == 1

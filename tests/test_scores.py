@@ -8,7 +8,7 @@ import torch
 from sieve_attn import geometry as stage_geometry
 from sieve_attn import scores
 from sieve_attn.scores import Bound, Box, Euclidean, EventRadar, Exact, Heuristic, KeySketch, Mean, Random, SubMeans, Tightest
-from sieve_attn.testing import ScorerContract, Shape, assert_close
+from sieve_attn.testing import BoundContract, ScorerContract, Shape, assert_close
 from sieve_attn.testing.contracts import a_call
 
 EXAMPLES = {
@@ -16,24 +16,33 @@ EXAMPLES = {
     "event_radar": EventRadar(use_variance=True, use_concentration=True, recency_decay=0.9),
 }
 MORE = {
-    "key_sketch, 1 bit": KeySketch(1), "key_sketch, 8 bits": KeySketch(8),
-    "key_sketch, int8 queries": KeySketch(8, query_bits=8), "event_radar, legacy": EventRadar(recency_decay=0.9, recency="legacy"),
-}  # fmt: skip
+    "key_sketch, 1 bit": KeySketch(1),
+    "key_sketch, 8 bits": KeySketch(8),
+    "key_sketch, int8 queries": KeySketch(8, query_bits=8),
+    "event_radar, legacy": EventRadar(recency_decay=0.9, recency="legacy"),
+}
 
 
 def example(name):
     return EXAMPLES.get(name) or MORE.get(name) or scores.TABLE[name]()
 
 
-@pytest.fixture(params=[*scores.TABLE, *MORE])
-def scorer(request):
-    return example(request.param)
+EVERY = [*scores.TABLE, *MORE]
+BOUNDS = [name for name in EVERY if isinstance(example(name), scores.Bound)]
 
 
-class TestEveryScorer(ScorerContract):
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in BOUNDS], scope="class")
+class TestEveryHeuristic(ScorerContract):
     @pytest.fixture(autouse=True)
-    def _given(self, scorer):
-        self.scorer = scorer
+    def _given(self, name):
+        self.scorer = example(name)
+
+
+@pytest.mark.parametrize("name", BOUNDS, scope="class")
+class TestEveryBound(BoundContract):
+    @pytest.fixture(autouse=True)
+    def _given(self, name):
+        self.scorer = example(name)
 
 
 def score(scorer, call, block_size=8, **options):
@@ -45,7 +54,10 @@ def naive(call, per_block):
     """``per_block(q, keys of the block)`` for every (query, block) of a plain call, in fp64."""
     q, k = call.query.double(), call.key.double().repeat_interleave(call.query.shape[1] // call.key.shape[1], 1)
     blocks = [k[:, :, i : i + 8] for i in range(0, k.shape[2], 8)]
-    rows = [[[[per_block(q[b, h, i], block[b, h]) for block in blocks] for i in range(q.shape[2])] for h in range(q.shape[1])] for b in range(q.shape[0])]
+    rows = [
+        [[[per_block(q[b, h, i], block[b, h]) for block in blocks] for i in range(q.shape[2])] for h in range(q.shape[1])]
+        for b in range(q.shape[0])
+    ]
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -71,10 +83,13 @@ def test_estimates_are_what_their_definitions_say():
         return float(torch.logsumexp(torch.stack([len(p) ** 0 * math.log(len(p)) + s * q @ p.mean(0) for p in keys.split(4)]), 0))
 
     wanted = {
-        Euclidean(): ball, Box(): box, EventRadar(True, True): radar, SubMeans(4): halves,
+        Euclidean(): ball,
+        Box(): box,
+        EventRadar(True, True): radar,
+        SubMeans(4): halves,
         Mean(): lambda q, keys: float(math.log(len(keys)) + s * q @ keys.mean(0)),
         Exact(): lambda q, keys: float(torch.logsumexp(s * keys @ q, 0)),
-    }  # fmt: skip
+    }
     for scorer, definition in wanted.items():
         got, exact = score(scorer, call).estimate, naive(call, definition)
         assert torch.allclose(got, exact, rtol=1e-5, atol=1e-6), type(scorer).__name__

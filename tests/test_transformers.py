@@ -23,8 +23,16 @@ def _model(name: str):
     """A random model of two layers; weights are large enough for attention to be far from uniform."""
     import transformers as hf
 
-    common = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": 0, "eos_token_id": None}
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     grouped = common | {"num_key_value_heads": 2, "head_dim": 8}
     windowed = grouped | {"sliding_window": WINDOW}
     capped = {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, "attn_implementation": "eager"}

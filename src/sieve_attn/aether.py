@@ -44,8 +44,9 @@ def geometry_of(k: Array, block_size: int) -> tuple[Array, Array]:
     return xp.cast(xp.permute(found.mean, (0, 2, 1, 3)), xp.float32), radii
 
 
-def precompute_metadata(keys: Array, block_size: int = 64, compute_variance: bool = False,
-                        compute_concentration: bool = False) -> tuple[Array, Array, Array | None, Array | None]:
+def precompute_metadata(
+    keys: Array, block_size: int = 64, compute_variance: bool = False, compute_concentration: bool = False
+) -> tuple[Array, Array, Array | None, Array | None]:
     """Event Radar's metadata of ``keys`` [batch, heads, len, head_dim], on normalised keys ``k^ = k / ||k||``:
 
     ``means mu^ = normalize(mean k^)`` [batch, heads, blocks, head_dim]; ``radii = max d`` with ``d = ||k^ - mu^||``;
@@ -71,11 +72,22 @@ def metadata_of(keys: Array, block_size: int) -> tuple[Array, Array, Array, Arra
     return tuple(xp.cast(x, xp.float32) for x in parts)
 
 
-def run_aether_sparse(query: Array, means: Array, radii: Array, block_variances: Array | None = None,
-                      block_concentrations: Array | None = None, threshold: float = 0.15, scale: float | None = None,
-                      use_variance: bool = False, use_concentration: bool = False, is_causal: bool = False,
-                      local_window: int = 4, recency_decay: float = 0.95, target_sparsity: float | None = None,
-                      recency: str = "additive") -> tuple[Array, Array]:
+def run_aether_sparse(
+    query: Array,
+    means: Array,
+    radii: Array,
+    block_variances: Array | None = None,
+    block_concentrations: Array | None = None,
+    threshold: float = 0.15,
+    scale: float | None = None,
+    use_variance: bool = False,
+    use_concentration: bool = False,
+    is_causal: bool = False,
+    local_window: int = 4,
+    recency_decay: float = 0.95,
+    target_sparsity: float | None = None,
+    recency: str = "additive",
+) -> tuple[Array, Array]:
     """Event Radar's gate for one query per (batch, head): ``(mask bool, scores fp32)``, both [batch, heads, blocks].
 
     ``s = scale * (q.mu^ + ||q|| r (1 + sqrt(var)) conc)``, the last two factors with their flags; a block is kept iff ``s >
@@ -89,14 +101,26 @@ def run_aether_sparse(query: Array, means: Array, radii: Array, block_variances:
     _rank("query", query, "[batch, heads, head_dim]")
     _rank("means", means, "[batch, heads, blocks, head_dim]")
     if (*query.shape[:2], query.shape[2]) != (*means.shape[:2], means.shape[3]) or tuple(radii.shape) != tuple(means.shape[:3]):
-        raise checks.error("means, radii", f"must fit a query of shape {tuple(query.shape)}",
-                           f"shapes {tuple(means.shape)} and {tuple(radii.shape)}", "pass what precompute_metadata returned")
+        raise checks.error(
+            "means, radii",
+            f"must fit a query of shape {tuple(query.shape)}",
+            f"shapes {tuple(means.shape)} and {tuple(radii.shape)}",
+            "pass what precompute_metadata returned",
+        )
     if use_variance and block_variances is None:
-        raise checks.error("block_variances", "must be given with use_variance=True", "None",
-                           "compute it with precompute_metadata(compute_variance=True)")
+        raise checks.error(
+            "block_variances",
+            "must be given with use_variance=True",
+            "None",
+            "compute it with precompute_metadata(compute_variance=True)",
+        )
     if use_concentration and block_concentrations is None:
-        raise checks.error("block_concentrations", "must be given with use_concentration=True", "None",
-                           "compute it with precompute_metadata(compute_concentration=True)")
+        raise checks.error(
+            "block_concentrations",
+            "must be given with use_concentration=True",
+            "None",
+            "compute it with precompute_metadata(compute_concentration=True)",
+        )
     checks.threshold("threshold", threshold)
     checks.positive_int("local_window", local_window, "use 0 for none", least=0)
     check_recency(recency, recency_decay)
@@ -113,8 +137,20 @@ def run_aether_sparse(query: Array, means: Array, radii: Array, block_variances:
     return gate(query, means, radii, variances, concentrations, *options)
 
 
-def gate(query, means, radii, variances, concentrations, threshold, scale, is_causal, local_window, recency_decay,
-         target_sparsity, recency) -> tuple[Array, Array]:
+def gate(
+    query,
+    means,
+    radii,
+    variances,
+    concentrations,
+    threshold,
+    scale,
+    is_causal,
+    local_window,
+    recency_decay,
+    target_sparsity,
+    recency,
+) -> tuple[Array, Array]:
     """:func:`run_aether_sparse` without its checks."""
     xp = arrays.namespace(query)
     query, means, radii = (xp.cast(x, xp.float32) for x in (query, means, radii))

@@ -22,7 +22,9 @@ def read_attn_bias(attn_bias: Any, query: Tensor, key: Tensor) -> dict[str, Any]
     if attn_bias is None:
         return plain
     if isinstance(attn_bias, Tensor):
-        return plain | {"bias": attn_bias if attn_bias.ndim != 3 else attn_bias[:, None]}
+        # [batch, q_len, kv_len] holds for all heads, [q_len, kv_len] for all sequences as well
+        bias = attn_bias[:, None] if attn_bias.ndim == 3 else attn_bias[None, None] if attn_bias.ndim == 2 else attn_bias
+        return plain | {"bias": bias}
     name = type(attn_bias).__name__
     q_len, kv_len = query.shape[2], key.shape[2]
     if name in _BOTTOM_RIGHT or (name in _TRIANGULAR and q_len == kv_len):
@@ -37,8 +39,13 @@ def read_attn_bias(attn_bias: Any, query: Tensor, key: Tensor) -> dict[str, Any]
         dense = attn_bias.materialize((q_len, kv_len), dtype=query.dtype, device=query.device)
         dense = dense.reshape((1,) * (4 - dense.ndim) + tuple(dense.shape))
         return plain | {"bias": dense.float()}
-    raise error("attn_bias", "must be None, a tensor, or an object with `materialize(shape, dtype, device)`", name,
-                "use a bias of xformers.ops.fmha.attn_bias", TypeError)
+    raise error(
+        "attn_bias",
+        "must be None, a tensor, or an object with `materialize(shape, dtype, device)`",
+        name,
+        "use a bias of xformers.ops.fmha.attn_bias",
+        TypeError,
+    )
 
 
 def _packed(attn_bias: Any, q_len: int, kv_len: int) -> Tensor | None:

@@ -128,8 +128,9 @@ def round_down(xp: Any, log_mass: Array, margin: Array, unit: float = UNIT) -> A
     return log_mass - margin - 8 * unit * (1.0 + size)
 
 
-def kept_mass(xp: Any, lse: Array, *, margin: Array, additions: int, tiles: int = 1, unit: float = UNIT,
-              rounded_probabilities: bool = False) -> Array:
+def kept_mass(
+    xp: Any, lse: Array, *, margin: Array, additions: int, tiles: int = 1, unit: float = UNIT, rounded_probabilities: bool = False
+) -> Array:
     """``log K``: at most the true log mass of the kept keys, from the ``lse`` that a kernel returned.
 
     ``additions`` is the longest chain of additions in its row sum, ``margin`` the logit margin of the kept keys;

@@ -44,43 +44,82 @@ def qkv(query: Array, key: Array, value: Array, *, xp: Any) -> None:
     """Ranks, dtypes, batch, heads and lengths of the three arrays, before any work."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if len(x.shape) != 4:
-            raise error(name, "must have 4 axes [batch, heads, len, head_dim]", f"shape {shape_of(x)}",
-                        "add the missing axes with reshape or unsqueeze")
+            raise error(
+                name,
+                "must have 4 axes [batch, heads, len, head_dim]",
+                f"shape {shape_of(x)}",
+                "add the missing axes with reshape or unsqueeze",
+            )
         if not xp.is_float(x):
-            raise error(name, "must be of a floating dtype (fp16, bf16, fp32, fp64)", f"dtype {x.dtype}",
-                        "cast it first")
+            raise error(name, "must be of a floating dtype (fp16, bf16, fp32, fp64)", f"dtype {x.dtype}", "cast it first")
     if not query.dtype == key.dtype == value.dtype:
-        raise error("query, key, value", "must share one dtype", f"{query.dtype}, {key.dtype}, {value.dtype}",
-                    "cast them to one dtype, or run under autocast")
+        raise error(
+            "query, key, value",
+            "must share one dtype",
+            f"{query.dtype}, {key.dtype}, {value.dtype}",
+            "cast them to one dtype, or run under autocast",
+        )
     for name, x in (("query", query), ("key", key), ("value", value)):
         if 0 in shape_of(x):
-            raise error(name, "must have at least one sequence, head, position and channel", f"shape {shape_of(x)}",
-                        "skip the call for empty sequences")
+            raise error(
+                name,
+                "must have at least one sequence, head, position and channel",
+                f"shape {shape_of(x)}",
+                "skip the call for empty sequences",
+            )
     if not query.shape[0] == key.shape[0] == value.shape[0]:
-        raise error("query, key, value", "must share the batch axis",
-                    f"{query.shape[0]}, {key.shape[0]}, {value.shape[0]}", "repeat or slice the smaller one")
+        raise error(
+            "query, key, value",
+            "must share the batch axis",
+            f"{query.shape[0]}, {key.shape[0]}, {value.shape[0]}",
+            "repeat or slice the smaller one",
+        )
     if query.shape[3] != key.shape[3]:
-        raise error("key", "must have the head_dim of `query`", f"{key.shape[3]} against {query.shape[3]}",
-                    "only `value` may have another head_dim")
+        raise error(
+            "key",
+            "must have the head_dim of `query`",
+            f"{key.shape[3]} against {query.shape[3]}",
+            "only `value` may have another head_dim",
+        )
     if key.shape[1] != value.shape[1]:
-        raise error("value", "must have the heads of `key`", f"{value.shape[1]} against {key.shape[1]}",
-                    "pass the same KV heads for both")
+        raise error(
+            "value", "must have the heads of `key`", f"{value.shape[1]} against {key.shape[1]}", "pass the same KV heads for both"
+        )
     if key.shape[2] != value.shape[2]:
-        raise error("value", "must have the length of `key`", f"{value.shape[2]} against {key.shape[2]}",
-                    "pass one value for every key")
+        raise error(
+            "value", "must have the length of `key`", f"{value.shape[2]} against {key.shape[2]}", "pass one value for every key"
+        )
     if query.shape[1] % key.shape[1]:
-        raise error("query", "must have a multiple of the KV heads of `key`",
-                    f"{query.shape[1]} query heads on {key.shape[1]} KV heads", "for grouped queries use q_heads = n * kv_heads")
+        raise error(
+            "query",
+            "must have a multiple of the KV heads of `key`",
+            f"{query.shape[1]} query heads on {key.shape[1]} KV heads",
+            "for grouped queries use q_heads = n * kv_heads",
+        )
 
 
-def attention_options(query: Array, key: Array, *, scale: Any, mask: Any, key_mask: Any, bias: Any, softcap: Any,
-                      cu_seqlens: Any, sink: Any, window: Any, dropout: Any, xp: Any) -> None:
+def attention_options(
+    query: Array,
+    key: Array,
+    *,
+    scale: Any,
+    mask: Any,
+    key_mask: Any,
+    bias: Any,
+    softcap: Any,
+    cu_seqlens: Any,
+    sink: Any,
+    window: Any,
+    dropout: Any,
+    xp: Any,
+) -> None:
     """The keyword arguments of ``attention`` and ``attend``."""
     batch, q_heads, q_len, _ = shape_of(query)
     kv_len = int(key.shape[2])
     if dropout:
-        raise error("dropout", "must be 0: a certificate has no meaning under dropout", repr(dropout),
-                    "drop it, or call model.eval()")
+        raise error(
+            "dropout", "must be 0: a certificate has no meaning under dropout", repr(dropout), "drop it, or call model.eval()"
+        )
     if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
         raise error("scale", "must be a positive finite number", repr(scale), "fold a sign into the query")
     if softcap is not None and not (isinstance(softcap, (int, float)) and math.isfinite(softcap) and softcap > 0):
@@ -88,28 +127,46 @@ def attention_options(query: Array, key: Array, *, scale: Any, mask: Any, key_ma
     if mask is not None:
         allowed = [(batch, 1), (q_heads, 1), (q_len,), (kv_len,)]
         if mask.dtype != xp.boolean:
-            raise error("mask", "must be boolean, True where a query may attend", f"dtype {mask.dtype}",
-                        "pass additive masks as `bias`")
+            raise error(
+                "mask", "must be boolean, True where a query may attend", f"dtype {mask.dtype}", "pass additive masks as `bias`"
+            )
         if len(mask.shape) != 4 or any(n not in ok for n, ok in zip(shape_of(mask), allowed, strict=True)):
-            raise error("mask", f"must have shape [{batch} or 1, {q_heads} or 1, {q_len}, {kv_len}]",
-                        f"shape {shape_of(mask)}", "use `key_mask` for padding and `causal` or `window` for order")
+            raise error(
+                "mask",
+                f"must have shape [{batch} or 1, {q_heads} or 1, {q_len}, {kv_len}]",
+                f"shape {shape_of(mask)}",
+                "use `key_mask` for padding and `causal` or `window` for order",
+            )
     if key_mask is not None and (key_mask.dtype != xp.boolean or shape_of(key_mask) != (batch, kv_len)):
-        raise error("key_mask", f"must be boolean of shape [{batch}, {kv_len}], True for real keys",
-                    f"{key_mask.dtype} of shape {shape_of(key_mask)}", "build it from the sequence lengths")
+        raise error(
+            "key_mask",
+            f"must be boolean of shape [{batch}, {kv_len}], True for real keys",
+            f"{key_mask.dtype} of shape {shape_of(key_mask)}",
+            "build it from the sequence lengths",
+        )
     if bias is not None:
         allowed = [(batch, 1), (q_heads, 1), (q_len, 1), (kv_len, 1)]
         fits = len(bias.shape) == 4 and all(n in ok for n, ok in zip(shape_of(bias), allowed, strict=True))
         if not xp.is_float(bias) or not fits:
-            raise error("bias", f"must be floating and broadcast to [{batch}, {q_heads}, {q_len}, {kv_len}] from 4 axes",
-                        f"{bias.dtype} of shape {shape_of(bias)}", "add axes of length 1 where it does not vary")
+            raise error(
+                "bias",
+                f"must be floating and broadcast to [{batch}, {q_heads}, {q_len}, {kv_len}] from 4 axes",
+                f"{bias.dtype} of shape {shape_of(bias)}",
+                "add axes of length 1 where it does not vary",
+            )
     if cu_seqlens is not None:
         edges = [int(n) for n in cu_seqlens]
         if batch != 1 or q_len != kv_len or not edges or edges[0] != 0 or edges[-1] != kv_len or edges != sorted(set(edges)):
-            raise error("cu_seqlens", f"must rise from 0 to {kv_len} over one packed batch with q_len == kv_len, no sequence empty",
-                        f"{edges[:8]} for batch {batch}, q_len {q_len}, kv_len {kv_len}", "drop empty sequences and pack along the length")
+            raise error(
+                "cu_seqlens",
+                f"must rise from 0 to {kv_len} over one packed batch with q_len == kv_len, no sequence empty",
+                f"{edges[:8]} for batch {batch}, q_len {q_len}, kv_len {kv_len}",
+                "drop empty sequences and pack along the length",
+            )
     if sink is not None and shape_of(sink) != (q_heads,):
-        raise error("sink", f"must hold one logit a query head, shape [{q_heads}]", f"shape {shape_of(sink)}",
-                    "expand it over the heads")
+        raise error(
+            "sink", f"must hold one logit a query head, shape [{q_heads}]", f"shape {shape_of(sink)}", "expand it over the heads"
+        )
     if window is not None:
         positive_int("window", window, "pass None for no window")
 
@@ -117,29 +174,51 @@ def attention_options(query: Array, key: Array, *, scale: Any, mask: Any, key_ma
 def selection_fits(selection: Any, query: Array, key: Array) -> None:
     lengths = (int(query.shape[2]), int(key.shape[2]))
     if (selection.q_len, selection.kv_len) != lengths:
-        raise error("selection", "must be made for this call's lengths (q_len, kv_len)",
-                    f"{(selection.q_len, selection.kv_len)} against {lengths}", "select again for these inputs")
-    blocks = selection.blocks
-    if blocks is not None and (blocks.batch not in (1, query.shape[0]) or blocks.heads not in (1, key.shape[1], query.shape[1])):
-        raise error("selection", f"must have batch 1 or {query.shape[0]} and heads 1, {key.shape[1]} or {query.shape[1]}",
-                    f"batch {blocks.batch}, heads {blocks.heads}", "select again for these inputs")
+        raise error(
+            "selection",
+            "must be made for this call's lengths (q_len, kv_len)",
+            f"{(selection.q_len, selection.kv_len)} against {lengths}",
+            "select again for these inputs",
+        )
+    for part in selection.parts:
+        index = getattr(part, "index", None)
+        batch, heads = shape_of(index)[:2] if index is not None else (getattr(part, "batch", 1), getattr(part, "heads", 1))
+        if batch not in (1, query.shape[0]) or heads not in (1, key.shape[1], query.shape[1]):
+            raise error(
+                "selection",
+                f"must have batch 1 or {query.shape[0]} and heads 1, {key.shape[1]} or {query.shape[1]}",
+                f"batch {batch}, heads {heads}",
+                "select again for these inputs",
+            )
 
 
 def geometry_fits(geometry: Any, key: Array, key_mask: Array | None, block_size: int, asked: Any) -> None:
     held = (geometry.count.shape[0], geometry.count.shape[1], geometry.kv_len, geometry.block_size)
     wanted = (int(key.shape[0]), int(key.shape[1]), int(key.shape[2]), block_size)
     if held != wanted:
-        raise error("geometry", f"must be built over this call's keys: (batch, kv_heads, kv_len, block_size) = {wanted}",
-                    held, "append the new keys to it, or leave it out")
+        raise error(
+            "geometry",
+            f"must be built over this call's keys: (batch, kv_heads, kv_len, block_size) = {wanted}",
+            held,
+            "append the new keys to it, or leave it out",
+        )
     if not geometry.has(asked):
-        raise error("geometry", f"must hold what the policy asks for, {asked}", geometry.statistics,
-                    "build it with statistics=policy.statistics")
+        raise error(
+            "geometry",
+            f"must hold what the policy asks for, {asked}",
+            geometry.statistics,
+            "build it with statistics=policy.statistics",
+        )
     xp = arrays.namespace(key)
     real = xp.full((int(key.shape[0]), int(key.shape[2])), True, xp.boolean, key) if key_mask is None else key_mask
     counted = xp.total(xp.pad_end(real, 1, -real.shape[1] % block_size, False).reshape(real.shape[0], -1, block_size), -1)
     if not bool((geometry.count == counted[:, None, :]).all()):
-        raise error("geometry", "must be built with this call's key_mask", "other counts of keys in its blocks",
-                    "pass the same key_mask to geometry.build and to attention")
+        raise error(
+            "geometry",
+            "must be built with this call's key_mask",
+            "other counts of keys in its blocks",
+            "pass the same key_mask to geometry.build and to attention",
+        )
 
 
 def policy_like(policy: Any, kind: type) -> None:

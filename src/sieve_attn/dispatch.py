@@ -46,7 +46,9 @@ def choose(backend: str, request: Request) -> tuple[str, str]:
     if backend != "auto":
         reasons = why_not(backend, request)
         if reasons:
-            raise error("backend", f"cannot run this call: {'; '.join(reasons)}", repr(backend), "use backend='auto' or mend every reason")
+            raise error(
+                "backend", f"cannot run this call: {'; '.join(reasons)}", repr(backend), "use backend='auto' or mend every reason"
+            )
         return backend, "named by the caller"
     passed = []
     for name in ORDER:

@@ -25,12 +25,29 @@ from sieve_attn.types import Blocks, Call, Certificate, Fallback, Geometry, Rang
 Array = Any
 
 
-def attention(query: Array, key: Array, value: Array, policy: Policy | None = None, *, causal: bool = False,
-              scale: float | None = None, mask: Array | None = None, key_mask: Array | None = None,
-              bias: Array | None = None, softcap: float | None = None, geometry: Geometry | None = None,
-              selection: Selection | None = None, cu_seqlens: Array | None = None, per_query: bool = False,
-              backend: str = "auto", return_lse: bool = False, return_report: bool = False, sink: Array | None = None,
-              window: int | None = None, dropout: float = 0.0) -> Any:
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    policy: Policy | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Array | None = None,
+    key_mask: Array | None = None,
+    bias: Array | None = None,
+    softcap: float | None = None,
+    geometry: Geometry | None = None,
+    selection: Selection | None = None,
+    cu_seqlens: Array | None = None,
+    per_query: bool = False,
+    backend: str = "auto",
+    return_lse: bool = False,
+    return_report: bool = False,
+    sink: Array | None = None,
+    window: int | None = None,
+    dropout: float = 0.0,
+) -> Any:
     """Attention over the keys that ``policy`` keeps: ``softmax(cap(scale * q k^T) + bias) v`` restricted to the selection.
 
     query [batch, q_heads, q_len, dim]; key, value [batch, kv_heads, kv_len, dim | v_dim]; ``q_heads % kv_heads == 0``.
@@ -49,22 +66,24 @@ def attention(query: Array, key: Array, value: Array, policy: Policy | None = No
     """
     policy = Policy() if policy is None else policy
     checks.policy_like(policy, Policy)
+    options = {
+        "causal": causal, "scale": scale, "mask": mask, "key_mask": key_mask, "bias": bias, "softcap": softcap,
+        "cu_seqlens": cu_seqlens, "sink": sink, "window": window, "dropout": dropout,
+    }  # fmt: skip
     if _compiling():
         # what is selected depends on the data: the compiler sees one operator
         from sieve_attn.torch import compiled
 
-        return compiled(query, key, value, policy.text, geometry=geometry, selection=selection, return_report=return_report,
-                        return_lse=return_lse, causal=causal, scale=scale, mask=mask, key_mask=key_mask, bias=bias,
-                        softcap=softcap, cu_seqlens=cu_seqlens, sink=sink, window=window, per_query=per_query, backend=backend,
-                        dropout=dropout)
+        options |= {"per_query": per_query, "backend": backend, "return_lse": return_lse, "return_report": return_report}
+        return compiled(query, key, value, policy.text, geometry=geometry, selection=selection, **options)
     query, key, value = _front_end(query, key, value)
-    call = _call(query, key, value, causal=causal, scale=scale, mask=mask, key_mask=key_mask, bias=bias, softcap=softcap,
-                 cu_seqlens=cu_seqlens, sink=sink, window=window, dropout=dropout)
+    call = _call(query, key, value, **options)
     name, why = dispatch.choose(backend, _request(call, policy))
     seconds, clock = {}, perf_counter()
     fallbacks: tuple[Fallback, ...] = ()
     geometry_from = "given" if geometry is not None else "keys"
     counts = None
+    expands = policy.far_field and (selection is not None or call.kv_len >= policy.min_seq_length)
 
     if selection is not None:
         checks.selection_fits(selection, query, key)
@@ -84,8 +103,8 @@ def attention(query: Array, key: Array, value: Array, policy: Policy | None = No
         seconds["selection"], clock = perf_counter() - clock, perf_counter()
 
     field = None
-    if policy.far_field and counts is not None:
-        if not geometry.has(FAR_FIELD_STATISTICS):
+    if expands:
+        if geometry is None or not geometry.has(FAR_FIELD_STATISTICS):
             geometry = stage_geometry.build(key, policy.block_size, policy.statistics, value=value, key_mask=key_mask)
         field = far.FarField(geometry, FAR_FIELD_BOUND)
     output, lse = _attend(call, selection, name, field)
@@ -105,14 +124,34 @@ def attention(query: Array, key: Array, value: Array, policy: Policy | None = No
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def attend(query: Array, key: Array, value: Array, selection: Selection, *, causal: bool = False, scale: float | None = None,
-           mask: Array | None = None, key_mask: Array | None = None, bias: Array | None = None, softcap: float | None = None,
-           cu_seqlens: Array | None = None, sink: Array | None = None, window: int | None = None,
-           backend: str = "auto") -> tuple[Array, Array]:
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    selection: Selection,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Array | None = None,
+    key_mask: Array | None = None,
+    bias: Array | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Array | None = None,
+    sink: Array | None = None,
+    window: int | None = None,
+    backend: str = "auto",
+) -> tuple[Array, Array]:
     """The kernel stage alone: ``(output, lse)`` over the visible keys of ``selection``; see :func:`attention`."""
+    options = {
+        "causal": causal, "scale": scale, "mask": mask, "key_mask": key_mask, "bias": bias, "softcap": softcap,
+        "cu_seqlens": cu_seqlens, "sink": sink, "window": window,
+    }  # fmt: skip
+    if _compiling():
+        from sieve_attn.torch import compiled_attend
+
+        return compiled_attend(query, key, value, selection, backend=backend, **options)
     query, key, value = _front_end(query, key, value)
-    call = _call(query, key, value, causal=causal, scale=scale, mask=mask, key_mask=key_mask, bias=bias, softcap=softcap,
-                 cu_seqlens=cu_seqlens, sink=sink, window=window, dropout=0.0)
+    call = _call(query, key, value, dropout=0.0, **options)
     checks.selection_fits(selection, query, key)
     return _attend(call, selection, dispatch.choose(backend, _request(call, Policy()))[0], None)
 
@@ -133,23 +172,39 @@ def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = 
             rows, front = call.rows(start, stop, seen), far.front(geometry, seen)
             tiles = Tiles(stop - start, call.lead(policy.query_tile) if start == 0 else 0, policy.query_tile)
             scores = _score(call, policy, rows, front, start, None if per_query else tiles)
-            chosen = choose(scores, rows, front, policy.selector, policy.keep, tiles=tiles, heads=heads, per_query=per_query,
-                            dense_above=policy.dense_above,
-                            rescore=lambda rows=rows, front=front: policy.scorer.score(rows, front).estimate)
+            chosen = choose(
+                scores,
+                rows,
+                front,
+                policy.selector,
+                policy.keep,
+                tiles=tiles,
+                heads=heads,
+                per_query=per_query,
+                dense_above=policy.dense_above,
+                rescore=lambda rows=rows, front=front: policy.scorer.score(rows, front).estimate,
+            )
             missing = geometry.blocks - front.blocks
             wide = xp.pad_end(chosen.tiles, 3, missing, False)
             by_row = None if chosen.rows is None else xp.pad_end(chosen.rows, 3, missing, False)
             parts.append(replace(chosen, tiles=wide, rows=by_row))
     joined = {f: xp.concat([getattr(p, f) for p in parts], 2) for f in ("tiles", "kept", "visible", "dense_tiles")}
     rows = xp.concat([p.rows for p in parts], 2) if per_query else None
-    blocks = Blocks.from_tiles(joined["tiles"], rows=rows, q_len=call.q_len, kv_len=call.kv_len, q_block=policy.query_tile,
-                               kv_block=policy.block_size, lead=call.lead(policy.query_tile))
+    blocks = Blocks.from_tiles(
+        joined["tiles"],
+        rows=rows,
+        q_len=call.q_len,
+        kv_len=call.kv_len,
+        q_block=policy.query_tile,
+        kv_block=policy.block_size,
+        lead=call.lead(policy.query_tile),
+    )
     fallbacks = ()
     if policy.selector.may_turn_dense:
         turned = int(joined["dense_tiles"].sum())
         reason = f"{type(policy.selector).__name__} would keep more than dense_above={policy.dense_above} of a tile"
         fallbacks = (Fallback(reason, turned),) if turned else ()
-        whole = int((joined["kept"] == joined["visible"]).sum()) - turned
+        whole = int(((joined["kept"] == joined["visible"]) & (joined["visible"] > 0)).sum()) - turned
         if policy.selector.needs_brackets and whole:
             fallbacks += (Fallback("the proof needed every visible block of a tile", whole),)
     return Selection((blocks,)), (joined["kept"], joined["visible"]), fallbacks
@@ -167,8 +222,15 @@ def _score(call: Call, policy: Policy, rows: Rows, front: Geometry, start: int, 
     return Scores(every)
 
 
-def certificate(call: Call, selection: Selection, policy: Policy, output: Array, lse: Array, geometry: Geometry | None = None,
-                field: Any = None) -> Certificate:
+def certificate(
+    call: Call,
+    selection: Selection,
+    policy: Policy,
+    output: Array,
+    lse: Array,
+    geometry: Geometry | None = None,
+    field: Any = None,
+) -> Certificate:
     """Stage 5: the certificate of what a call dropped, by the policy's bound, with value statistics for the output error."""
     xp = arrays.namespace(call.query)
     asked = policy.certifier.statistics | Statistics(value=True)
@@ -221,6 +283,9 @@ def _compiling() -> bool:
 
 def _front_end(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
     """What a framework does to arrays before any check: autocast casts q, k and v together."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x is None:
+            raise checks.error(name, "must be an array", "None", "pass a tensor or a NumPy array", TypeError)
     xp = arrays.namespace(query, key, value)
     return xp.autocast(query, key, value)
 
@@ -230,6 +295,8 @@ def _call(query, key, value, *, scale, dropout, **options) -> Call:
     checks.qkv(query, key, value, xp=xp)
     checked = ("mask", "key_mask", "bias", "softcap", "cu_seqlens", "sink", "window")
     checks.attention_options(query, key, scale=scale, dropout=dropout, xp=xp, **{name: options[name] for name in checked})
+    if options["cu_seqlens"] is not None:
+        options["cu_seqlens"] = xp.asarray(options["cu_seqlens"], xp.int64, query)
     return Call(query, key, value, scale=scale or 1.0 / math.sqrt(query.shape[3]), **options)
 
 

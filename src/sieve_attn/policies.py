@@ -46,12 +46,24 @@ class Policy:
         for name, kind in kinds:
             given = getattr(self, name)
             if given is not None and not isinstance(given, kind):
-                raise error(name, f"must be a {kind.__name__} or None", repr(given), f"see sieve_attn.{kind.__module__.split('.')[1]}", TypeError)
+                raise error(
+                    name,
+                    f"must be a {kind.__name__} or None",
+                    repr(given),
+                    f"see sieve_attn.{kind.__module__.split('.')[1]}",
+                    TypeError,
+                )
         if (self.scorer is None) != (self.selector is None):
-            raise error("scorer, selector", "must be given together", f"{self.scorer!r}, {self.selector!r}", "a selector needs scores")
+            raise error(
+                "scorer, selector", "must be given together", f"{self.scorer!r}, {self.selector!r}", "a selector needs scores"
+            )
         if self.selector is not None and self.selector.needs_brackets and not isinstance(self.scorer, Bound):
-            raise error("scorer", f"must be a Bound for {type(self.selector).__name__}: heuristics prove nothing", repr(self.scorer),
-                        "use KeySketch(bits=8)")
+            raise error(
+                "scorer",
+                f"must be a Bound for {type(self.selector).__name__}: heuristics prove nothing",
+                repr(self.scorer),
+                "use KeySketch(bits=8)",
+            )
         positive_int("block_size", self.block_size, "try 16 or 64")
         positive_int("query_tile", self.query_tile, "try 64")
         positive_int("query_stride", self.query_stride, "use 1 to look at every query, 4 for every 4th")
@@ -98,10 +110,19 @@ def Aether(threshold: float = 0.15, block_size: int = 64) -> Policy:
     return Policy(Euclidean(), Threshold(threshold), block_size=block_size, query_tile=block_size)
 
 
-def EventRadar(threshold: float = 0.15, block_size: int = 64, *, use_variance: bool = False,
-                     use_concentration: bool = False, target_sparsity: float | None = None, local_window: int = 4,
-                     sink_blocks: int = 0, recency_decay: float = 0.95, recency: str = "additive",
-                     min_seq_length: int = 0) -> Policy:
+def EventRadar(
+    threshold: float = 0.15,
+    block_size: int = 64,
+    *,
+    use_variance: bool = False,
+    use_concentration: bool = False,
+    target_sparsity: float | None = None,
+    local_window: int = 4,
+    sink_blocks: int = 0,
+    recency_decay: float = 0.95,
+    recency: str = "additive",
+    min_seq_length: int = 0,
+) -> Policy:
     """AETHER's Event Radar (a heuristic): windows and sinks are in blocks; ``target_sparsity`` replaces the threshold."""
     selector = Threshold(threshold) if target_sparsity is None else TargetSparsity(target_sparsity)
     keep = _ends(sink_blocks * block_size, local_window * block_size)
@@ -119,8 +140,9 @@ def TopBlocks(k: int = 64, *, bits: int = 4, sinks: int = 16, window: int = 64, 
     return Policy(KeySketch(bits), TopK(k), _ends(sinks, window), query_stride=query_stride)
 
 
-def Adaptive(mass: float = 0.99, *, bits: int = 4, sinks: int = 16, window: int = 64, query_stride: int = 1,
-             dense_above: float = 1.0) -> Policy:
+def Adaptive(
+    mass: float = 0.99, *, bits: int = 4, sinks: int = 16, window: int = 64, query_stride: int = 1, dense_above: float = 1.0
+) -> Policy:
     """The smallest set of blocks that is estimated to hold ``mass`` of every query's softmax: one knob.
 
     ``query_stride=4`` looks at every 4th query of a tile (and the last) only: cheaper, and the others are promised nothing.
@@ -196,5 +218,7 @@ def _maker(name: str) -> Any:
     for table in (scores.TABLE, selection.TABLE, patterns.TABLE):
         known |= table.classes()
     if name not in known:
-        raise error("policy", f"must be made of known names: {', '.join([*PRESETS, *sorted(known)])}", repr(name), "check the spelling")
+        raise error(
+            "policy", f"must be made of known names: {', '.join([*PRESETS, *sorted(known)])}", repr(name), "check the spelling"
+        )
     return known[name]

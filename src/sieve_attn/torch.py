@@ -12,12 +12,23 @@ from sieve_attn.arrays import torch_ops
 from sieve_attn.attend import torch_op
 from sieve_attn.attn_bias import read_attn_bias
 from sieve_attn.pipeline import attend, attention
+from sieve_attn.types import Call, Selection
 
 __all__ = ["aether_attention", "attend", "attention"]
 
 
-def aether_attention(query: Tensor, key: Tensor, value: Tensor, threshold: float = 0.15, block_size: int = 64, *,
-                     attn_bias: Any = None, scale: float | None = None, causal: bool = False, p: float = 0.0) -> Tensor:
+def aether_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    threshold: float = 0.15,
+    block_size: int = 64,
+    *,
+    attn_bias: Any = None,
+    scale: float | None = None,
+    causal: bool = False,
+    p: float = 0.0,
+) -> Tensor:
     """Attention over the key blocks that AETHER's Euclidean gate keeps, in the xFormers layout.
 
     A block is kept for a tile of ``block_size`` queries iff ``max over its queries of scale * (q.mu + ||q|| r) > threshold``,
@@ -50,38 +61,97 @@ def aether_attention(query: Tensor, key: Tensor, value: Tensor, threshold: float
     return restore(out)
 
 
-def run(query: Tensor, key: Tensor, value: Tensor, policy: str, *, causal: bool = False, scale: float | None = None,
-        mask: Tensor | None = None, key_mask: Tensor | None = None, bias: Tensor | None = None, softcap: float | None = None,
-        cu_seqlens: Tensor | None = None, sink: Tensor | None = None, window: int | None = None, per_query: bool = False,
-        backend: str = "auto", dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    policy: str,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    sink: Tensor | None = None,
+    window: int | None = None,
+    per_query: bool = False,
+    backend: str = "auto",
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """``(output, lse)`` of the whole pipeline as one operator, checked first; ``policy`` goes by its text."""
     query, key, value = torch_ops.autocast(query, key, value)
     checks.qkv(query, key, value, xp=torch_ops)
-    checks.attention_options(query, key, scale=scale, mask=mask, key_mask=key_mask, bias=bias, softcap=softcap,
-                             cu_seqlens=cu_seqlens, sink=sink, window=window, dropout=dropout, xp=torch_ops)
+    checks.attention_options(
+        query,
+        key,
+        scale=scale,
+        mask=mask,
+        key_mask=key_mask,
+        bias=bias,
+        softcap=softcap,
+        cu_seqlens=cu_seqlens,
+        sink=sink,
+        window=window,
+        dropout=dropout,
+        xp=torch_ops,
+    )
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
-    made = torch_op.attention_op(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window,
-                                 policy, per_query, backend)
+    made = torch_op.attention_op(
+        query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window, policy, per_query, backend
+    )
     return made[0], made[1]
 
 
-def compiled(query: Tensor, key: Tensor, value: Tensor, policy: str, *, geometry: Any, selection: Any, return_report: bool,
-             return_lse: bool, **options: Any) -> Any:
+def compiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    policy: str,
+    *,
+    geometry: Any,
+    selection: Any,
+    return_report: bool,
+    return_lse: bool,
+    **options: Any,
+) -> Any:
     """What ``attention`` is inside ``torch.compile``. Reports and ready-made stages do not cross its border."""
     for name, given in (("geometry", geometry), ("selection", selection), ("return_report", return_report or None)):
         if given is not None:
-            raise checks.error(name, "cannot be used inside torch.compile", type(given).__name__,
-                               "call attention outside of the compiled function for it, or use `attend` with a selection")
+            raise checks.error(
+                name,
+                "cannot be used inside torch.compile",
+                type(given).__name__,
+                "call attention outside of the compiled function for it, or use `attend` with a selection",
+            )
     output, lse = run(query, key, value, policy, **options)
     return (output, lse) if return_lse else output
+
+
+def compiled_attend(
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, *, scale: float | None, backend: str, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """What ``attend`` is inside ``torch.compile``: the same checks, then one operator that chooses its backend when it runs."""
+    query, key, value = torch_ops.autocast(query, key, value)
+    checks.qkv(query, key, value, xp=torch_ops)
+    checked = {name: x for name, x in options.items() if name != "causal"}
+    checks.attention_options(query, key, scale=scale, dropout=0.0, xp=torch_ops, **checked)
+    checks.selection_fits(selection, query, key)
+    call = Call(query, key, value, scale=1.0 / math.sqrt(query.shape[3]) if scale is None else scale, **options)
+    return torch_op.attend(call, selection, backend, None)
 
 
 def _from_xformers(query: Tensor, key: Tensor, value: Tensor):
     """[batch, len, (groups,) heads, dim] to [batch, heads, len, dim], and the way back for the output."""
     ranks = {query.ndim, key.ndim, value.ndim}
     if len(ranks) != 1 or query.ndim not in (3, 4, 5):
-        raise checks.error("query, key, value", "must all have 3, 4 or 5 axes: [batch, len, (groups,) (heads,) head_dim]",
-                           f"{query.ndim}, {key.ndim} and {value.ndim}", "add the missing axes with unsqueeze")
+        raise checks.error(
+            "query, key, value",
+            "must all have 3, 4 or 5 axes: [batch, len, (groups,) (heads,) head_dim]",
+            f"{query.ndim}, {key.ndim} and {value.ndim}",
+            "add the missing axes with unsqueeze",
+        )
     if query.ndim == 3:
         return *(x[:, None] for x in (query, key, value)), lambda out: out[:, 0]
     if query.ndim == 4:
@@ -89,8 +159,12 @@ def _from_xformers(query: Tensor, key: Tensor, value: Tensor):
     groups, heads = query.shape[2:4]
     for name, x in (("key", key), ("value", value)):
         if x.shape[2:4] != query.shape[2:4]:
-            raise checks.error(name, f"must have the groups and heads of `query`, {(groups, heads)}", tuple(x.shape[2:4]),
-                               "expand it over the heads of a group, as xFormers asks")
+            raise checks.error(
+                name,
+                f"must have the groups and heads of `query`, {(groups, heads)}",
+                tuple(x.shape[2:4]),
+                "expand it over the heads of a group, as xFormers asks",
+            )
 
     def flat(x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1, 4).flatten(1, 2)

@@ -6,6 +6,7 @@ array API lacks, is a function of the module that :func:`namespace` returns.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from types import ModuleType
 
@@ -22,4 +23,6 @@ def namespace(*arrays) -> ModuleType:
             f"arrays must all come from one of {', '.join(_OPERATIONS)}; got {', '.join(names) or 'none'}; "
             "convert them to one framework first"
         )
-    return import_module(_OPERATIONS[found[0]])
+    # the compiler can look a module up, but not import one
+    known = sys.modules.get(_OPERATIONS[found[0]])
+    return import_module(_OPERATIONS[found[0]]) if known is None else known

@@ -103,8 +103,17 @@ def add_far_field(rows: Rows, kept: Array, out: Array, lse: Array, far_field: Fa
     return near + flat.reshape(batch, heads, n, -1), total
 
 
-def add_far_gradients(rows: Rows, kept: Array, lse: Array, shift: Array, d_out: Array, far_field: FarField, call: Call,
-                      grads: dict[str, Array], start: int) -> None:
+def add_far_gradients(
+    rows: Rows,
+    kept: Array,
+    lse: Array,
+    shift: Array,
+    d_out: Array,
+    far_field: FarField,
+    call: Call,
+    grads: dict[str, Array],
+    start: int,
+) -> None:
     """The far field's part of the gradients: a far block is one more key, whose logit and value depend on the block's keys."""
     xp = arrays.namespace(rows.query)
     geometry = front(far_field.geometry, rows.visible.shape[-1])

@@ -89,8 +89,13 @@ def attend_rows(
     return out.reshape(batch, heads, n, -1), lse
 
 
-def backward(call: Call, selection: Selection, grad_output: Float[Array, "batch q_heads q_len v_dim"],
-             grad_lse: Float[Array, "batch q_heads q_len"], far_field: FarField | None = None) -> dict[str, Array]:
+def backward(
+    call: Call,
+    selection: Selection,
+    grad_output: Float[Array, "batch q_heads q_len v_dim"],
+    grad_lse: Float[Array, "batch q_heads q_len"],
+    far_field: FarField | None = None,
+) -> dict[str, Array]:
     """Gradients of query, key and value, and of bias and sink where the call has them. The kept set is a constant.
 
     ``dV = P^T dO``; ``dS = P * (dO V^T - rowsum(dO * O) + dlse)``; ``dQ = scale dS' K``, ``dK = scale dS'^T Q`` with ``dS'`` the

@@ -57,6 +57,14 @@ def _field(call: Call, block_size: int) -> far.FarField | None:
     return far.FarField(geometry, policies.FAR_FIELD_BOUND)
 
 
+def _backend(query: Tensor, value: Tensor, name: str) -> Any:
+    """The module of a backend; a compiled call leaves ``auto`` to the moment it runs."""
+    if name == "auto":
+        dtype = str(query.dtype).removeprefix("torch.")
+        name = dispatch.choose(name, dispatch.Request("torch", query.device.type, dtype, query.shape[3], value.shape[3]))[0]
+    return dispatch.module(name)
+
+
 @torch.library.custom_op("sieve_attn::attend", mutates_args=())
 def attend_op(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, key_mask: Tensor | None, bias: Tensor | None,
@@ -65,7 +73,7 @@ def attend_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _call(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window)
     with torch_ops.no_grad():
-        return dispatch.module(backend).attend(call, unpack(parts, spec), _field(call, far_block))
+        return _backend(query, value, backend).attend(call, unpack(parts, spec), _field(call, far_block))
 
 
 @torch.library.custom_op("sieve_attn::attend_backward", mutates_args=())
@@ -77,7 +85,7 @@ def backward_op(
     """Gradients of query, key, value, bias and sink (empty where absent)."""
     call = _call(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window)
     with torch_ops.no_grad():
-        made = dispatch.module(backend).backward(call, unpack(parts, spec), grad_output, grad_lse, _field(call, far_block))
+        made = _backend(query, value, backend).backward(call, unpack(parts, spec), grad_output, grad_lse, _field(call, far_block))
     return tuple(made[n] if n in made else query.new_empty(0) for n in ("query", "key", "value", "bias", "sink"))
 
 
@@ -86,8 +94,26 @@ def _like(x: Tensor | None, query: Tensor) -> Tensor:
 
 
 @backward_op.register_fake
-def _(grad_output, grad_lse, query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window, parts,
-      spec, backend, far_block):
+def _(
+    grad_output,
+    grad_lse,
+    query,
+    key,
+    value,
+    mask,
+    key_mask,
+    bias,
+    cu_seqlens,
+    sink,
+    causal,
+    scale,
+    softcap,
+    window,
+    parts,
+    spec,
+    backend,
+    far_block,
+):
     return tuple(_like(x, query) for x in (query, key, value, bias, sink))
 
 
@@ -116,8 +142,23 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> 
     rest = list(rest)
     mask, key_mask, bias, cu_seqlens, sink = (rest.pop(0) if there else None for there in ctx.present)
     spec, backend, far_block = ctx.selection
-    grads = backward_op(grad_output, grad_lse, query, key, value, mask, key_mask, bias, cu_seqlens, sink, *ctx.plain, rest,
-                        spec, backend, far_block)
+    grads = backward_op(
+        grad_output,
+        grad_lse,
+        query,
+        key,
+        value,
+        mask,
+        key_mask,
+        bias,
+        cu_seqlens,
+        sink,
+        *ctx.plain,
+        rest,
+        spec,
+        backend,
+        far_block,
+    )
     dq, dk, dv, dbias, dsink = grads
     return dq, dk, dv, None, None, None if bias is None else dbias, None, None if sink is None else dsink, None, None, None, None
 
@@ -171,8 +212,15 @@ def _grid(query: Tensor, key: Tensor, policy: policies.Policy, causal: bool) -> 
         return None
     lead = (key.shape[2] - query.shape[2]) % policy.query_tile if causal else 0
     heads = key.shape[1] if policy.share_group else query.shape[1]
-    return {"batch": query.shape[0], "heads": heads, "q_len": query.shape[2], "kv_len": key.shape[2],
-            "q_block": policy.query_tile, "kv_block": policy.block_size, "lead": lead}
+    return {
+        "batch": query.shape[0],
+        "heads": heads,
+        "q_len": query.shape[2],
+        "kv_len": key.shape[2],
+        "q_block": policy.query_tile,
+        "kv_block": policy.block_size,
+        "lead": lead,
+    }
 
 
 @attention_op.register_fake
@@ -196,8 +244,10 @@ def _setup_attention(ctx, inputs, output):
     grid = _grid(query, key, chosen, causal)
     if grid is None:
         pattern = None if key.shape[2] < chosen.min_seq_length else chosen.keep
-        plain = Ranges(query.shape[2], key.shape[2], prefix=key.shape[2]) if pattern is None else None
-        selection = Selection((plain,)) if plain else pattern.selection(query.shape[2], key.shape[2], causal=causal)
+        # the text of a selection holds plain numbers, also while the compiler's sizes are symbols
+        q_len, kv_len = int(query.shape[2]), int(key.shape[2])
+        plain = Ranges(q_len, kv_len, prefix=kv_len) if pattern is None else None
+        selection = Selection((plain,)) if plain else pattern.selection(q_len, kv_len, causal=causal)
         parts, spec = pack(selection)
     else:
         parts = [output[2], output[3]] + ([output[4]] if per_query else [])

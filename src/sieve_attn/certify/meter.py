@@ -13,12 +13,18 @@ from typing import Any
 from sieve_attn import arrays
 from sieve_attn.attend.far_field import front
 from sieve_attn.bounds import kl_upper_limit
-from sieve_attn.checks import positive_int, share
+from sieve_attn.checks import error, positive_int, share
 from sieve_attn.scores.base import exact_logits, per_query_head, visible_count
 from sieve_attn.scores.key_sketch import KeySketch
 from sieve_attn.types import Call, Certificate, Geometry, Selection
 
 Array = Any
+
+
+def _level(alpha: float) -> None:
+    share("alpha", alpha, "0.05 gives 95 % confidence", open_right=True)
+    if alpha == 0:
+        raise error("alpha", "must lie strictly between 0 and 1", repr(alpha), "no sample is certain: try 0.05")
 
 
 def _uniform(seed: int, stream: int, shape: tuple[int, ...]):
@@ -35,8 +41,9 @@ def _uniform_rows(seed: int, start: int, stop: int, shape: tuple[int, int], samp
     return np.stack([_uniform(seed, query, (*shape, samples)) for query in range(start, stop)], 2)
 
 
-def key_meter(call: Call, selection: Selection, geometry: Geometry, lse: Array, *, samples: int = 256, alpha: float = 0.05,
-              seed: int = 0) -> Certificate:
+def key_meter(
+    call: Call, selection: Selection, geometry: Geometry, lse: Array, *, samples: int = 256, alpha: float = 0.05, seed: int = 0
+) -> Certificate:
     """An upper limit on every query's dropped mass that holds with probability ``1 - alpha`` for that query.
 
     With ``b_j`` the sketch's upper bound of ``e^{s_j}`` and ``P = sum_D b_j`` over dropped keys: draw one key in each of
@@ -44,7 +51,7 @@ def key_meter(call: Call, selection: Selection, geometry: Geometry, lse: Array, 
     """
     xp = arrays.namespace(call.query)
     positive_int("samples", samples, "try 256")
-    share("alpha", alpha, "0.05 gives 95 % confidence", open_right=True)
+    _level(alpha)
     scorer = KeySketch(bits=geometry.sketch.bits)
     out = []
     with xp.no_grad():
@@ -108,7 +115,7 @@ def row_audit(call: Call, selection: Selection, *, rows: int = 64, alpha: float 
     """Compute the dropped mass exactly on ``rows`` queries drawn uniformly, with replacement, before looking at anything."""
     xp = arrays.namespace(call.query)
     positive_int("rows", rows, "try 64")
-    share("alpha", alpha, "0.05 gives 95 % confidence", open_right=True)
+    _level(alpha)
     batch, heads, q_len, _ = call.query.shape
     flat = (_uniform(seed, 0, (rows,)) * (batch * heads * q_len)).astype("int64")
     picked = [(int(f) // (heads * q_len), int(f) // q_len % heads, int(f) % q_len) for f in flat]

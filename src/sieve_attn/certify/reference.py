@@ -17,9 +17,15 @@ from sieve_attn.types import Call, Certificate, Geometry, Rows, Selection
 Array = Any
 
 
-def certify(call: Call, selection: Selection, geometry: Geometry, bound: Bound, lse: Float[Array, "batch q_heads q_len"],
-            output: Float[Array, "batch q_heads q_len v_dim"] | None = None,
-            far_field: FarField | None = None) -> Certificate:
+def certify(
+    call: Call,
+    selection: Selection,
+    geometry: Geometry,
+    bound: Bound,
+    lse: Float[Array, "batch q_heads q_len"],
+    output: Float[Array, "batch q_heads q_len v_dim"] | None = None,
+    far_field: FarField | None = None,
+) -> Certificate:
     """Bound the softmax mass that ``selection`` dropped, per query, whoever chose it.
 
     ``lse`` is what attending over the selection returned (without a far field). With ``output`` and value statistics in the
@@ -55,8 +61,12 @@ def require_full_precision(xp: Any, query: Array) -> None:
     if xp.name == "torch":
         precision = xp.matmul_precision(query)
         if precision != "highest":
-            raise error("float32 matmul precision", "must be 'highest' for a certificate to hold", repr(precision),
-                        "call torch.set_float32_matmul_precision('highest')")
+            raise error(
+                "float32 matmul precision",
+                "must be 'highest' for a certificate to hold",
+                repr(precision),
+                "call torch.set_float32_matmul_precision('highest')",
+            )
 
 
 def _dropped(xp, rows: Rows, geometry: Geometry, bound: Bound, kept: Array, lse: Array):

@@ -59,8 +59,19 @@ compare.__doc__ = f"{compare.__doc__} {ANY_POLICY}"
 inspect.__doc__ = f"{inspect.__doc__} {ANY_POLICY}"
 
 
-def _run(prompt: str | None, file: Path | None, demo: bool, model: str, max_tokens: int, config: Any, seed: int, bar: bool,
-         dtype: str | None, threads: int | None, backend: str) -> Any:
+def _run(
+    prompt: str | None,
+    file: Path | None,
+    demo: bool,
+    model: str,
+    max_tokens: int,
+    config: Any,
+    seed: int,
+    bar: bool,
+    dtype: str | None,
+    threads: int | None,
+    backend: str,
+) -> Any:
     text, source = o.demo_prompt() if demo and prompt is None and file is None else o.read_prompt(prompt, file)
     o.set_threads(threads)
     with o.progress_bar(bar) as tell:
@@ -75,8 +86,9 @@ def _run(prompt: str | None, file: Path | None, demo: bool, model: str, max_toke
         tell("loading", 1.0)
         name = "the embedded model" if model == "embedded" else Path(model).name
         policy = DEFAULT_POLICY if config is None else config
-        return measure(loaded, tokenizer, text, policy, max_tokens=max_tokens, backend=backend, name=name, source=source,
-                       progress=tell)
+        return measure(
+            loaded, tokenizer, text, policy, max_tokens=max_tokens, backend=backend, name=name, source=source, progress=tell
+        )
 
 
 def _write(found: Any, path: Path | None) -> Path | None:

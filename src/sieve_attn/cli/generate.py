@@ -23,8 +23,14 @@ def generate(
     """Continue a text. Without a policy attention is dense."""
     with o.user_errors():
         text, _ = o.read_prompt(prompt, prompt_file)
-        config = o.read_policy(policy, max_error, block_size=block_size, threshold=threshold, local_window=local_window,
-                               target_sparsity=target_sparsity)
+        config = o.read_policy(
+            policy,
+            max_error,
+            block_size=block_size,
+            threshold=threshold,
+            local_window=local_window,
+            target_sparsity=target_sparsity,
+        )
         o.set_threads(threads)
         with o.progress_bar(not json) as tell:
             from sieve_attn.llm import LLM

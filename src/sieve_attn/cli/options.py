@@ -52,8 +52,9 @@ def read_policy(policy: str | None, max_error: float | None, **aether: Any) -> A
     ways = [policy is not None, max_error is not None, bool(given)]
     if sum(ways) > 1:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in aether)
-        raise error("policy", f"must be given in one way: --policy, --max-error, or {flags}", "several of them",
-                    "leave out all but one")
+        raise error(
+            "policy", f"must be given in one way: --policy, --max-error, or {flags}", "several of them", "leave out all but one"
+        )
     if policy is not None:
         return policies.parse(policy)
     if max_error is not None:
@@ -68,8 +69,12 @@ def read_policy(policy: str | None, max_error: float | None, **aether: Any) -> A
 def read_prompt(prompt: str | None, file: Path | None) -> tuple[str, str]:
     """``(text, where it came from)``."""
     if (prompt is None) == (file is None):
-        raise error("prompt", "must be given once, as --prompt or as --prompt-file", "both" if prompt is not None else "neither",
-                    "try --prompt 'import json'")
+        raise error(
+            "prompt",
+            "must be given once, as --prompt or as --prompt-file",
+            "both" if prompt is not None else "neither",
+            "try --prompt 'import json'",
+        )
     text, source = (prompt, "a prompt") if file is None else (_read(file), "stdin" if str(file) == "-" else file.name)
     if not text:
         raise error("prompt", "must not be empty", repr(text), "pass some text")

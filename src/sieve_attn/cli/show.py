@@ -20,8 +20,10 @@ def show(found: Any) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    console.print(f"[bold]{escape(found.model)}[/], {found.dtype}, {found.prompt_tokens:,} tokens of {escape(found.source)}, "
-                  f"{found.new_tokens} new tokens")
+    console.print(
+        f"[bold]{escape(found.model)}[/], {found.dtype}, {found.prompt_tokens:,} tokens of {escape(found.source)}, "
+        f"{found.new_tokens} new tokens"
+    )
     console.print(f"policy   {escape(found.policy)}", highlight=False)
     console.print(f"backend  {found.backend} ({escape(found.why_backend)})", highlight=False)
     console.print(", ".join(f"{k} {v}" for k, v in found.environment.items()), style="dim", highlight=False)
@@ -46,16 +48,26 @@ def _table(title: str, *columns: str) -> Table:
 
 def _times(found: Any) -> Table:
     table = _table("Time", "", "dense", "sparse", "sparse / dense")
-    for name, dense, sparse in (("prefill", found.dense.prefill_seconds, found.sparse.prefill_seconds),
-                                ("decode step, median", found.dense.decode_seconds, found.sparse.decode_seconds)):
+    for name, dense, sparse in (
+        ("prefill", found.dense.prefill_seconds, found.sparse.prefill_seconds),
+        ("decode step, median", found.dense.decode_seconds, found.sparse.decode_seconds),
+    ):
         table.add_row(name, seconds(dense), seconds(sparse), f"{sparse / dense:.2f}" if dense else "-")
     table.add_row("gate, share of attention", "-", percent(found.gate_overhead), "")
     return table
 
 
 def _layers(found: Any) -> Table:
-    table = _table("Layers (dropped mass and output error: median / 99 % / max)", "layer", "density", "decode", "gate",
-                   "certified", "true", "output error")
+    table = _table(
+        "Layers (dropped mass and output error: median / 99 % / max)",
+        "layer",
+        "density",
+        "decode",
+        "gate",
+        "certified",
+        "true",
+        "output error",
+    )
     rows = [(str(x.layer), x.density, x.decode_density, x.gate_overhead, x.errors) for x in found.layers]
     for name, *shares, errors in [*rows, ("all", found.density, found.decode_density, found.gate_overhead, found.errors)]:
         measured = [quantiles(v) for v in (errors.certified, errors.dropped, errors.output)]
@@ -72,11 +84,15 @@ def _agreement(found: Any) -> Table:
 
 def _remarks(found: Any) -> list[str]:
     errors = found.errors
-    lines = [f"Certified ({found.bound}) and true errors were measured at {found.sampled}: {errors.certified.size:,} "
-             f"(layer, head, query) triples, {errors.violations} above their certificate. Output error is {found.error_unit}."]
+    lines = [
+        f"Certified ({found.bound}) and true errors were measured at {found.sampled}: {errors.certified.size:,} "
+        f"(layer, head, query) triples, {errors.violations} above their certificate. Output error is {found.error_unit}."
+    ]
     if found.requested_sparsity is not None:
-        lines.append(f"Requested sparsity {percent(found.requested_sparsity)}, achieved {percent(1 - found.density)} in the "
-                     f"prompt, {percent(1 - found.decode_density)} in decode steps.")
+        lines.append(
+            f"Requested sparsity {percent(found.requested_sparsity)}, achieved {percent(1 - found.density)} in the "
+            f"prompt, {percent(1 - found.decode_density)} in decode steps."
+        )
     lines += [f"Turned dense on its own: {reason} ({count:,} times)." for reason, count in found.fallbacks.items()]
     return [escape(line) for line in lines]
 

@@ -32,8 +32,18 @@ LAST_POSITIONS = 256  # of the prompt, where next tokens are compared
 
 
 @torch.inference_mode()
-def compare(model: Any, tokenizer: Any, prompt: str, policy: Any, *, max_tokens: int = 32, backend: str = "auto",
-            name: str = "", source: str = "prompt", progress: Progress | None = None) -> Comparison:
+def compare(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    policy: Any,
+    *,
+    max_tokens: int = 32,
+    backend: str = "auto",
+    name: str = "",
+    source: str = "prompt",
+    progress: Progress | None = None,
+) -> Comparison:
     """Dense against sparse attention on ``prompt``: time, density, certified and true error, next tokens, texts.
 
     ``model`` is a Hugging Face causal language model with dense attention; it is dense again afterwards. ``policy`` is a Policy,

@@ -157,8 +157,16 @@ class Metrics:
     mean: dict[str, float]
 
 
-def evaluate(p: Array, kept: Array, dense: Array, sparse: Array, *, block_size: int, important: str | float = 0.9,
-             visible: Array | None = None) -> Metrics:
+def evaluate(
+    p: Array,
+    kept: Array,
+    dense: Array,
+    sparse: Array,
+    *,
+    block_size: int,
+    important: str | float = 0.9,
+    visible: Array | None = None,
+) -> Metrics:
     """Every metric of one attention call, per head and aggregated.
 
     ``p`` [batch, heads, q_len, kv_len] dense probabilities; ``kept`` and ``visible`` (default: where ``p > 0``) bool,
@@ -167,8 +175,12 @@ def evaluate(p: Array, kept: Array, dense: Array, sparse: Array, *, block_size: 
     """
     xp, p = _wide(p)
     if len(p.shape) != 4 or shape_of(dense)[:3] != shape_of(p)[:3] or shape_of(dense) != shape_of(sparse):
-        raise error("p, dense, sparse", "must be [batch, heads, q_len, kv_len] and twice [batch, heads, q_len, v_dim]",
-                    f"shapes {shape_of(p)}, {shape_of(dense)}, {shape_of(sparse)}", "pass full probabilities and both outputs")
+        raise error(
+            "p, dense, sparse",
+            "must be [batch, heads, q_len, kv_len] and twice [batch, heads, q_len, v_dim]",
+            f"shapes {shape_of(p)}, {shape_of(dense)}, {shape_of(sparse)}",
+            "pass full probabilities and both outputs",
+        )
     visible = xp.broadcast_to(p > 0 if visible is None else visible, tuple(p.shape))
     kept = xp.broadcast_to(kept, tuple(p.shape)) & visible
     delta = dropped_mass(p, kept)

@@ -50,7 +50,9 @@ class _Sparse:
 
 
 @torch.no_grad()
-def recall(model: Any, tokenizer: Any, examples: Sequence[Example], policies: dict[str, Policy], phase: str = "decode") -> list[Recall]:
+def recall(
+    model: Any, tokenizer: Any, examples: Sequence[Example], policies: dict[str, Policy], phase: str = "decode"
+) -> list[Recall]:
     """Answers that come out whole (every byte the model's first choice, the bytes before it given), dense and by policy.
 
     ``phase="decode"``: the prompt is read densely and only the answer's own steps are sparse, one query a tile.

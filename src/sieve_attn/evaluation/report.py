@@ -100,8 +100,10 @@ def _cards(found: Comparison) -> str:
 def _notes(found: Comparison) -> str:
     notes = [f"Turned dense on its own: {reason} ({count:,} times)." for reason, count in found.fallbacks.items()]
     if found.requested_sparsity is not None:
-        notes.append(f"Requested sparsity {percent(found.requested_sparsity)}, achieved {percent(1 - found.density)} in the "
-                     f"prompt and {percent(1 - found.decode_density)} in decode steps (forced blocks come on top).")
+        notes.append(
+            f"Requested sparsity {percent(found.requested_sparsity)}, achieved {percent(1 - found.density)} in the "
+            f"prompt and {percent(1 - found.decode_density)} in decode steps (forced blocks come on top)."
+        )
     return "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
 
 
@@ -109,8 +111,11 @@ def _certificate(found: Comparison) -> str:
     errors = found.errors
     if not errors.certified.size:
         return f"Nothing was measured: {found.sampled}."
-    verdict = ("none of them drops more than its certificate says" if not errors.violations
-               else f"{errors.violations:,} DROP MORE THAN CERTIFIED, which is a bug: please report it")
+    verdict = (
+        "none of them drops more than its certificate says"
+        if not errors.violations
+        else f"{errors.violations:,} DROP MORE THAN CERTIFIED, which is a bug: please report it"
+    )
     return f"Measured on {errors.certified.size:,} (layer, head, query) triples ({found.sampled}): {verdict}."
 
 
@@ -125,8 +130,10 @@ def _agreement(found: Comparison) -> str:
 
 
 def _table(found: Comparison) -> str:
-    groups = "".join(f'<th class="group" colspan="3">{name}</th>' for name in
-                     ("certified dropped mass", "true dropped mass", f"output error ({escape(found.error_unit)})"))
+    groups = "".join(
+        f'<th class="group" colspan="3">{name}</th>'
+        for name in ("certified dropped mass", "true dropped mass", f"output error ({escape(found.error_unit)})")
+    )
     head = ("<tr><th rowspan='2'>Layer</th><th rowspan='2'>density,<br>prompt</th><th rowspan='2'>density,<br>decode</th>"
             f"<th rowspan='2'>gate</th>{groups}</tr><tr>{'<th>median</th><th>99 %</th><th>max</th>' * 3}</tr>")  # fmt: skip
     rows = [_row(f"{x.layer}", x.density, x.decode_density, x.gate_overhead, x.errors) for x in found.layers]

@@ -73,11 +73,7 @@ def stdlib_files(split: str) -> list[Path]:
 
 def _is_training_file(relative: Path) -> bool:
     name = relative.as_posix()
-    return (
-        name not in HELD_OUT
-        and not name.startswith(_SKIPPED_PREFIXES)
-        and _SKIPPED_FOLDERS.isdisjoint(relative.parts)
-    )
+    return name not in HELD_OUT and not name.startswith(_SKIPPED_PREFIXES) and _SKIPPED_FOLDERS.isdisjoint(relative.parts)
 
 
 def read_source(path: Path) -> str:
@@ -168,11 +164,7 @@ def variable_chain(rng: Random, length: int, filler: str, hops: int = 2, chains:
     return Example("variable_chain", prompt, numbers[asked])
 
 
-TASKS: dict[str, Generator] = {
-    "passkey": passkey,
-    "key_value": key_value,
-    "variable_chain": variable_chain,
-}
+TASKS: dict[str, Generator] = {"passkey": passkey, "key_value": key_value, "variable_chain": variable_chain}
 """Task name to its generator with default difficulty."""
 
 

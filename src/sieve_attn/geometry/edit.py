@@ -45,7 +45,9 @@ def append(geometry: Geometry, key: Array, *, value: Array | None = None, key_ma
     Only the new keys and the open block are read. Equal to building it anew.
     """
     if int(key.shape[2]) < geometry.kv_len:
-        raise error("key", f"must hold the whole cache, at least {geometry.kv_len} keys", f"{key.shape[2]} keys", "use crop to shorten")
+        raise error(
+            "key", f"must hold the whole cache, at least {geometry.kv_len} keys", f"{key.shape[2]} keys", "use crop to shorten"
+        )
     return _continue(geometry, geometry.kv_len, key, value, key_mask)
 
 
@@ -87,7 +89,9 @@ def map_arrays(geometry: Geometry, change: Any, blocks: int, keys: int, kv_len: 
 
 def join(xp: Any, front: Geometry, rest: Geometry, sealed: int, kv_len: int) -> Geometry:
     """The first ``sealed`` blocks of ``front`` followed by ``rest``."""
-    new = {f: xp.concat([getattr(front, f)[:, :, :sealed], getattr(rest, f)], 2) for f in PER_BLOCK if getattr(front, f) is not None}
+    new = {
+        f: xp.concat([getattr(front, f)[:, :, :sealed], getattr(rest, f)], 2) for f in PER_BLOCK if getattr(front, f) is not None
+    }
     if front.sketch is not None:
         a, b, keys = front.sketch, rest.sketch, sealed * front.block_size
         both = {f: xp.concat([head(getattr(a, f), axis, keys), getattr(b, f)], axis) for f, axis in SKETCH_PER_KEY.items()}

@@ -13,8 +13,15 @@ from sieve_attn.types import Geometry, Statistics
 Array = Any
 
 
-def build(key: Array, block_size: int = 16, statistics: Statistics | None = None, *, value: Array | None = None,
-          key_mask: Array | None = None, channel_scale: Array | None = None) -> Geometry:
+def build(
+    key: Array,
+    block_size: int = 16,
+    statistics: Statistics | None = None,
+    *,
+    value: Array | None = None,
+    key_mask: Array | None = None,
+    channel_scale: Array | None = None,
+) -> Geometry:
     """Summarise ``key`` [batch, kv_heads, kv_len, dim] in blocks of ``block_size`` keys.
 
     ``statistics`` says what to keep beside count, mean and largest norm; ``value`` is needed for value statistics.
@@ -25,7 +32,9 @@ def build(key: Array, block_size: int = 16, statistics: Statistics | None = None
     asked = statistics or Statistics()
     block_size = positive_int("block_size", block_size, "try 16 or 64")
     if len(key.shape) != 4 or 0 in tuple(key.shape)[1:]:
-        raise error("key", "must be a non-empty [batch, kv_heads, kv_len, dim] array", f"shape {tuple(key.shape)}", "add the missing axes")
+        raise error(
+            "key", "must be a non-empty [batch, kv_heads, kv_len, dim] array", f"shape {tuple(key.shape)}", "add the missing axes"
+        )
     if asked.value and value is None:
         raise error("value", "must be given when value statistics are asked for", "None", "pass the values beside the keys")
     if asked.sketch_bits not in range(9):
@@ -88,7 +97,8 @@ def _build(xp, key, block_size, asked, value, key_mask, channel_scale) -> Geomet
         # no distance covers a value that is not a number
         parts["value_radius"] = xp.where(lost, float("inf"), radius)
     if asked.sketch_bits:
-        parts["sketch"] = build_sketch(xp.where(valid[..., None], real, 0.0), valid, asked.sketch_bits, block_size, channel_scale)
+        clean = xp.where(valid[..., None], real, 0.0)
+        parts["sketch"] = build_sketch(clean, valid, asked.sketch_bits, block_size, channel_scale, takes_part)
     return Geometry(block_size, kv_len, asked, count, finite, mean, key_norm, **parts)
 
 

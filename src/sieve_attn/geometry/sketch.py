@@ -18,12 +18,19 @@ from sieve_attn.types import Sketch
 Array = Any
 
 CALIBRATION = 64  # the channel scale is the rms of this many first keys of a sequence, then fixed
-_CLIPS = {1: (0.6, 0.5, 0.4, 0.3, 0.2), 2: (0.9, 0.75, 0.65, 0.55, 0.45), 3: (1.0, 0.9, 0.8, 0.7, 0.6), 4: (1.0, 0.92, 0.84, 0.76)}
+_CLIPS = {
+    1: (0.6, 0.5, 0.4, 0.3, 0.2),
+    2: (0.9, 0.75, 0.65, 0.55, 0.45),
+    3: (1.0, 0.9, 0.8, 0.7, 0.6),
+    4: (1.0, 0.92, 0.84, 0.76),
+}
 _FINE_CLIPS = (1.0, 0.95)
 _LARGEST_HALF = 65504.0
 
 
-def channel_scale(key: Float[Array, "batch kv_heads kv_len dim"], valid: Bool[Array, "batch kv_heads kv_len"]) -> Float[Array, "batch kv_heads dim"]:
+def channel_scale(
+    key: Float[Array, "batch kv_heads kv_len dim"], valid: Bool[Array, "batch kv_heads kv_len"]
+) -> Float[Array, "batch kv_heads dim"]:
     """[batch, kv_heads, dim]: the rms of each channel over the first ``CALIBRATION`` valid keys, never zero."""
     xp = arrays.namespace(key)
     first = valid & (xp.cumsum(xp.cast(valid, xp.int32), -1) <= CALIBRATION)
@@ -35,7 +42,9 @@ def channel_scale(key: Float[Array, "batch kv_heads kv_len dim"], valid: Bool[Ar
     return xp.maximum(xp.where(xp.amax(rms, -1)[..., None] > 0, rms, 1.0), 2.0**-10) * largest[..., 0]
 
 
-def quantise(key: Float[Array, "batch kv_heads kv_len dim"], scale: Float[Array, "batch kv_heads dim"], bits: int) -> tuple[Array, Array]:
+def quantise(
+    key: Float[Array, "batch kv_heads kv_len dim"], scale: Float[Array, "batch kv_heads dim"], bits: int
+) -> tuple[Array, Array]:
     """``(codes uint8, key scales fp16)`` of ``key`` [..., kv_len, dim]: the best of a few clips in L2, key by key."""
     xp = arrays.namespace(key)
     white = key / scale[..., None, :]
@@ -89,12 +98,13 @@ def decode(sketch: Sketch, bits: int | None = None, dtype: Any = None) -> Float[
     return (codes - (2**bits - 1) / 2) * step[..., None] * xp.cast(sketch.channel_scale, dtype)[:, :, None, :]
 
 
-def build_sketch(key: Array, valid: Array, bits: int, block_size: int, scale: Array | None) -> Sketch:
+def build_sketch(key: Array, valid: Array, bits: int, block_size: int, scale: Array | None, taking_part: Array) -> Sketch:
     """Sketch ``key`` [batch, kv_heads, kv_len, dim] (finite; ``valid`` marks the keys that take part)."""
     xp = arrays.namespace(key)
-    scale = channel_scale(key, valid) if scale is None else scale
+    # counted like the blocks, non-finite keys included (they are zeros here), so that appending knows when it is settled
+    scale = channel_scale(key, taking_part) if scale is None else scale
     codes, step = quantise(key, xp.cast(scale, key.dtype), bits)
-    blank = xp.zeros(key.shape[:2] + (-(-key.shape[2] // block_size),), key.dtype, key)
+    blank = xp.zeros((*key.shape[:2], -(-key.shape[2] // block_size)), key.dtype, key)
     sketch = Sketch(bits, pack(codes, bits), step, step, step, scale, blank, blank)
     error = xp.where(valid[..., None], key - decode(sketch, dtype=key.dtype), 0.0)
     outward = 1.0 + (key.shape[-1] + 16) * UNIT

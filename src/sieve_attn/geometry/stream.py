@@ -28,7 +28,9 @@ class Stream:
         self.geometry: Geometry | None = None
         self._buffers: Geometry | None = None
 
-    def update(self, key: Array, *, value: Array | None = None, key_mask: Array | None = None, unchanged: int | None = None) -> Geometry:
+    def update(
+        self, key: Array, *, value: Array | None = None, key_mask: Array | None = None, unchanged: int | None = None
+    ) -> Geometry:
         """Follow the cache to ``key`` [batch, kv_heads, kv_len, dim], of which the first ``unchanged`` keys are as before."""
         kv_len = int(key.shape[2])
         known = 0 if self.geometry is None else self.geometry.kv_len

@@ -16,7 +16,9 @@ class AetherAttention(nn.Module):
     ``attn(query, key, value, attn_bias=None)`` on [batch, len, heads, head_dim]; see the function for shapes and errors.
     """
 
-    def __init__(self, sparsity_threshold: float = 0.15, block_size: int = 64, *, scale: float | None = None, causal: bool = False):
+    def __init__(
+        self, sparsity_threshold: float = 0.15, block_size: int = 64, *, scale: float | None = None, causal: bool = False
+    ):
         super().__init__()
         self.sparsity_threshold = checks.threshold("sparsity_threshold", sparsity_threshold)
         self.block_size = checks.positive_int("block_size", block_size, "try 48 or 64")
@@ -24,8 +26,9 @@ class AetherAttention(nn.Module):
         self.causal = causal
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None) -> Tensor:
-        return aether_attention(query, key, value, self.sparsity_threshold, self.block_size, attn_bias=attn_bias,
-                                scale=self.scale, causal=self.causal)
+        return aether_attention(
+            query, key, value, self.sparsity_threshold, self.block_size, attn_bias=attn_bias, scale=self.scale, causal=self.causal
+        )
 
     def extra_repr(self) -> str:
         return f"sparsity_threshold={self.sparsity_threshold}, block_size={self.block_size}, causal={self.causal}"

@@ -38,8 +38,20 @@ def aether_gate(
     query: Tensor, means: Tensor, radii: Tensor, variances: Tensor | None, concentrations: Tensor | None, threshold: float,
     scale: float, is_causal: bool, local_window: int, recency_decay: float, target_sparsity: float | None, recency: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return aether.gate(query, means, radii, variances, concentrations, threshold, scale, is_causal, local_window, recency_decay,
-                       target_sparsity, recency)
+    return aether.gate(
+        query,
+        means,
+        radii,
+        variances,
+        concentrations,
+        threshold,
+        scale,
+        is_causal,
+        local_window,
+        recency_decay,
+        target_sparsity,
+        recency,
+    )
 
 
 @aether_gate.register_fake

@@ -31,12 +31,24 @@ class LLM:
         print(llm.generate("import json\\n", max_tokens=50))
     """
 
-    def __init__(self, model: Any = "embedded", sparse_attention_config: Any = None, *, tokenizer: Any = None, dtype: Any = None,
-                 backend: str = "auto"):
+    def __init__(
+        self,
+        model: Any = "embedded",
+        sparse_attention_config: Any = None,
+        *,
+        tokenizer: Any = None,
+        dtype: Any = None,
+        backend: str = "auto",
+    ):
         config = sparse_attention_config
         if not (config is None or isinstance(config, (AetherSparseAttentionConfig, Policy, str))):
-            raise error("sparse_attention_config", "must be an AetherSparseAttentionConfig, a Policy, its text, or None",
-                        type(config).__name__, "try AetherSparseAttentionConfig(target_sparsity=0.8)", TypeError)
+            raise error(
+                "sparse_attention_config",
+                "must be an AetherSparseAttentionConfig, a Policy, its text, or None",
+                type(config).__name__,
+                "try AetherSparseAttentionConfig(target_sparsity=0.8)",
+                TypeError,
+            )
         self.config = config
         self.model, self.tokenizer = load(model, tokenizer, dtype)
         if config is not None:
@@ -45,8 +57,16 @@ class LLM:
             sparsify(self.model, config, backend=backend)
 
     @torch.inference_mode()
-    def generate(self, prompts: str | Sequence[str], max_tokens: int = 50, *, temperature: float = 0.0, top_p: float = 1.0,
-                 seed: int | Sequence[int] = 0, stop: str | Sequence[str] | None = None) -> Output | list[Output]:
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        max_tokens: int = 50,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] | None = None,
+    ) -> Output | list[Output]:
         """Continue one prompt (a string in, an :class:`Output` out) or several (a list in, a list out).
 
         Prompts of different lengths run as one left-padded batch. ``temperature=0`` takes the most likely token; above 0
@@ -139,8 +159,14 @@ class _Run:
         return self._forward(torch.tensor(ids, device=self.mask.device)[:, None], self.position[:, None])
 
     def _forward(self, ids: Tensor, position: Tensor) -> Tensor:
-        out = self.model(input_ids=ids, attention_mask=self.mask if self.padded else None, position_ids=position,
-                         past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out = self.model(
+            input_ids=ids,
+            attention_mask=self.mask if self.padded else None,
+            position_ids=position,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         self.cache = out.past_key_values
         # the copy waits for the device: clocks around it are honest
         return out.logits[:, -1].float().cpu()
@@ -149,8 +175,9 @@ class _Run:
 def _prompts(prompts: Any) -> list[str]:
     texts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
-        raise error("prompts", "must be a string or a list of strings", type(prompts).__name__, "decode bytes and files first",
-                    TypeError)
+        raise error(
+            "prompts", "must be a string or a list of strings", type(prompts).__name__, "decode bytes and files first", TypeError
+        )
     if not texts or not all(texts):
         raise error("prompts", "must hold at least one prompt and none that is empty", repr(prompts), "pass some text")
     return list(texts)

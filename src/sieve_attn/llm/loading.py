@@ -28,8 +28,13 @@ def load(model: Any, tokenizer: Any = None, dtype: Any = None) -> tuple[Any, Any
     if isinstance(model, torch.nn.Module):
         return _loaded(model, tokenizer, wanted)
     if not isinstance(model, (str, Path)):
-        raise error("model", "must be 'embedded', a path or a loaded Hugging Face model", type(model).__name__,
-                    "pass the folder that holds config.json and model.safetensors", TypeError)
+        raise error(
+            "model",
+            "must be 'embedded', a path or a loaded Hugging Face model",
+            type(model).__name__,
+            "pass the folder that holds config.json and model.safetensors",
+            TypeError,
+        )
     path = EMBEDDED if str(model) == "embedded" else model
     if wanted is None:
         wanted = torch.float32 if not torch.cuda.is_available() else "auto"
@@ -41,12 +46,21 @@ def load(model: Any, tokenizer: Any = None, dtype: Any = None) -> tuple[Any, Any
 
 def _loaded(model: Any, tokenizer: Any, wanted: Any) -> tuple[Any, Any]:
     if not callable(getattr(model, "generate", None)) or not hasattr(model, "config"):
-        raise error("model", "must be a causal language model of Hugging Face", type(model).__name__,
-                    "load it with transformers.AutoModelForCausalLM", TypeError)
+        raise error(
+            "model",
+            "must be a causal language model of Hugging Face",
+            type(model).__name__,
+            "load it with transformers.AutoModelForCausalLM",
+            TypeError,
+        )
     name = getattr(model.config, "_name_or_path", "")
     if tokenizer is None and not name:
-        raise error("tokenizer", "must be given with a model that was not loaded from a path", "None",
-                    "pass tokenizer=AutoTokenizer.from_pretrained(...)")
+        raise error(
+            "tokenizer",
+            "must be given with a model that was not loaded from a path",
+            "None",
+            "pass tokenizer=AutoTokenizer.from_pretrained(...)",
+        )
     model = model if wanted is None else model.to(wanted)
     return model.eval(), _tokenizer(name if tokenizer is None else tokenizer)
 
@@ -55,8 +69,13 @@ def _tokenizer(given: Any) -> Any:
     if isinstance(given, (str, Path)):
         return _read("tokenizer", given, "AutoTokenizer")
     if not callable(given) or not hasattr(given, "decode"):
-        raise error("tokenizer", "must be a Hugging Face tokenizer or a path", type(given).__name__,
-                    "pass AutoTokenizer.from_pretrained(...)", TypeError)
+        raise error(
+            "tokenizer",
+            "must be a Hugging Face tokenizer or a path",
+            type(given).__name__,
+            "pass AutoTokenizer.from_pretrained(...)",
+            TypeError,
+        )
     return given
 
 

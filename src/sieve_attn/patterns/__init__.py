@@ -7,9 +7,6 @@ from sieve_attn.patterns.sinks import Sinks
 from sieve_attn.patterns.window import Window
 from sieve_attn.registry import Table
 
-TABLE = Table(
-    "sieve_attn.patterns",
-    {"sinks": "sieve_attn.patterns.sinks:Sinks", "window": "sieve_attn.patterns.window:Window"},
-)
+TABLE = Table("sieve_attn.patterns", {"sinks": "sieve_attn.patterns.sinks:Sinks", "window": "sieve_attn.patterns.window:Window"})
 
 __all__ = ["TABLE", "Pattern", "Sinks", "Union", "Window"]

@@ -14,8 +14,15 @@ from sieve_attn.types import Geometry, Rows, Statistics
 Array = Any
 
 
-def radar_scores(alignment: Array, norm: Array, radius: Array, scale: float, *, variance: Array | None = None,
-                 concentration: Array | None = None) -> Array:
+def radar_scores(
+    alignment: Array,
+    norm: Array,
+    radius: Array,
+    scale: float,
+    *,
+    variance: Array | None = None,
+    concentration: Array | None = None,
+) -> Array:
     """``scale * (q.mu^ + ||q|| r (1 + sqrt(var)) conc)``; the last two factors only where their statistic is given."""
     xp = arrays.namespace(radius)
     spread = norm * radius

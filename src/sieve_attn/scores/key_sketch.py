@@ -88,7 +88,9 @@ class KeySketch(Bound):
         bits = min(self.bits, geometry.sketch.bits)
         query, _ = self._query(rows, geometry)
         return remember(
-            rows.memo, named(rows.memo, f"sketched {bits} {self.query_bits}", geometry), lambda: grouped(query, decoded_keys(rows, geometry, bits)) * rows.scale
+            rows.memo,
+            named(rows.memo, f"sketched {bits} {self.query_bits}", geometry),
+            lambda: grouped(query, decoded_keys(rows, geometry, bits)) * rows.scale,
         )
 
     def estimate(self, rows: Rows, geometry: Geometry) -> Array:

@@ -62,8 +62,19 @@ def share_over_group(x: Array, heads: int, how: Any) -> Array:
     return x if x.shape[1] == heads else how(x.reshape(x.shape[0], heads, -1, *x.shape[2:]), 2)
 
 
-def choose(scores: Scores, rows: Rows, geometry: Geometry, selector: Selector, keep: Pattern | None, *, tiles: Tiles,
-           heads: int, per_query: bool, dense_above: float, rescore: Callable[[], Array]) -> Chosen:
+def choose(
+    scores: Scores,
+    rows: Rows,
+    geometry: Geometry,
+    selector: Selector,
+    keep: Pattern | None,
+    *,
+    tiles: Tiles,
+    heads: int,
+    per_query: bool,
+    dense_above: float,
+    rescore: Callable[[], Array],
+) -> Chosen:
     """Apply ``selector`` and the forced pattern to one chunk of scores.
 
     Rows that were not scored hold -inf; ``rescore`` gives the estimates of all rows, for the rare query that lost everything.
@@ -145,8 +156,9 @@ def _by_rank(xp, selector: RankSelector, candidates: Candidates, unit: Tiles, he
     return (rank < wanted[..., None]) & visible
 
 
-def _best_of_the_forgotten(xp, chosen: Array, candidates: Candidates, unit: Tiles, heads: int,
-                           rescore: Callable[[], Array]) -> Array:
+def _best_of_the_forgotten(
+    xp, chosen: Array, candidates: Candidates, unit: Tiles, heads: int, rescore: Callable[[], Array]
+) -> Array:
     """The arg-max block of every query that sees something and of which nothing was kept."""
     seen = candidates.visible
     per_row = xp.repeat_each(unit.spread(chosen), seen.shape[1] // heads, 1)

@@ -1,7 +1,7 @@
 """Laws as test classes: inherit one, name what it is about, and pytest runs every law on it.
 
-    class TestMine(BackendContract):
-        backend = "native"
+class TestMine(BackendContract):
+    backend = "native"
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from sieve_attn import geometry as stage_geometry
 from sieve_attn import pipeline
 from sieve_attn.patterns import Pattern, Sinks, Union, Window
 from sieve_attn.policies import Policy
-from sieve_attn.scores import Bound, Scorer
-from sieve_attn.selection import RankSelector, Selector
+from sieve_attn.scores import Scorer
+from sieve_attn.selection import Selector
 from sieve_attn.testing import oracle, strategies
 from sieve_attn.testing.strategies import GENERATORS, Shape, gaussian, random_blocks
 from sieve_attn.testing.tolerances import assert_close
@@ -86,7 +86,6 @@ class BackendContract:
 
     backend = "reference"
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    gradients = True
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, selection: Selection, **options: Any) -> tuple[Tensor, Tensor]:
         return pipeline.attend(q, k, v, selection, backend=self.backend, **options)
@@ -111,13 +110,12 @@ class BackendContract:
             extra = {n: options[n].to(cast).requires_grad_() for n in ("bias", "sink") if n in options}
             out, lse = function(*leaves, selection, **(options | extra))
             found = {"output": out, "lse": lse}
-            if self.gradients:
-                pull, pull_lse = draw(13, *out.shape).to(out.dtype), draw(17, *lse.shape).to(lse.dtype)
-                loss = (out * pull).sum() + torch.where(torch.isfinite(lse), lse * pull_lse, 0.0).sum()
-                named = dict(zip(("query", "key", "value"), leaves, strict=True)) | extra
-                grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-                for (name, leaf), grad in zip(named.items(), grads, strict=True):
-                    found[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
+            pull, pull_lse = draw(13, *out.shape).to(out.dtype), draw(17, *lse.shape).to(lse.dtype)
+            loss = (out * pull).sum() + torch.where(torch.isfinite(lse), lse * pull_lse, 0.0).sum()
+            named = dict(zip(("query", "key", "value"), leaves, strict=True)) | extra
+            grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            for (name, leaf), grad in zip(named.items(), grads, strict=True):
+                found[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
             return found
 
         exact = differentiate(self.plain, torch.float64)
@@ -171,8 +169,6 @@ class BackendContract:
 
     def test_dropped_pairs_get_exactly_zero_gradient(self):
         (q, k, v), selection, options = self.case("causal", torch.float32)
-        if not self.gradients:
-            pytest.skip("this backend has no gradients")
         kept = spread_heads(selection.to_dense(q), q.shape[1]).expand(q.shape[0], q.shape[1], -1, -1)
         kept = kept & oracle.visible_keys(q.shape[2], k.shape[2], causal=True)
         unseen = ~kept.reshape(q.shape[0], k.shape[1], -1, *kept.shape[2:]).any(2).any(-2)
@@ -195,9 +191,8 @@ class BackendContract:
         for keys, values in ((k, v), (bad_k, bad_v)):
             leaf = q.clone().requires_grad_()
             out, lse = self.run(leaf, keys, values, selection, causal=True)
-            results.append([out[:, :, :cut], lse[:, :, :cut]])
-            if self.gradients:
-                results[-1].append(torch.autograd.grad(out[:, :, :cut].sum(), leaf)[0][:, :, :cut])
+            gradient = torch.autograd.grad(out[:, :, :cut].sum(), leaf)[0]
+            results.append([out[:, :, :cut], lse[:, :, :cut], gradient[:, :, :cut]])
         for clean, dirty in zip(*results, strict=True):
             assert torch.equal(clean, dirty)
 
@@ -241,14 +236,22 @@ class ScorerContract:
         return a_call(shape, generator, seed, dtype, **({"causal": False} | options))
 
     def score(self, call: Call, *, brackets: bool = False):
-        geometry = stage_geometry.build(call.key, self.block_size, self.scorer.statistics, value=call.value, key_mask=call.key_mask)
+        geometry = stage_geometry.build(
+            call.key, self.block_size, self.scorer.statistics, value=call.value, key_mask=call.key_mask
+        )
         return self.scorer.score(call.rows(0, call.q_len), geometry, brackets=brackets)
 
     def truth(self, call: Call) -> tuple[Tensor, Tensor]:
         """fp64 ``(log mass, seen)`` of every (query, block)."""
         seen = oracle.visible_keys(call.q_len, call.kv_len, **{n: getattr(call, n) for n in SEEN_OPTIONS})
-        logits = oracle.plain_logits(call.query.double(), call.key.double(), seen, scale=call.scale, softcap=call.softcap,
-                                     bias=None if call.bias is None else call.bias.double())
+        logits = oracle.plain_logits(
+            call.query.double(),
+            call.key.double(),
+            seen,
+            scale=call.scale,
+            softcap=call.softcap,
+            bias=None if call.bias is None else call.bias.double(),
+        )
         logits = torch.nn.functional.pad(logits, (0, -call.kv_len % self.block_size), value=-torch.inf)
         mass = torch.logsumexp(logits.unflatten(-1, (-1, self.block_size)), -1)
         return mass, mass > -torch.inf
@@ -263,10 +266,15 @@ class ScorerContract:
             assert torch.isfinite(estimate[seen]).all(), generator
             assert (estimate[~seen] == -torch.inf).all(), generator
 
-    @pytest.mark.parametrize("case", cases)
+    def test_non_finite_keys_give_no_nan(self):
+        assert not torch.isnan(self.score(broken_keys(self.make("causal", "gaussian"))).estimate).any()
+
+
+class BoundContract(ScorerContract):
+    """Laws of every scorer that proves: what it brackets is inside of its brackets."""
+
+    @pytest.mark.parametrize("case", ScorerContract.cases)
     def test_brackets_hold_the_truth(self, case):
-        if not isinstance(self.scorer, Bound):
-            pytest.skip("a heuristic has no brackets")
         for turn, generator in enumerate(sorted(GENERATORS)):
             dtype = (torch.float32, torch.bfloat16, torch.float64)[turn % 3]
             call = self.make(case, generator, dtype, seed=len(case))
@@ -277,16 +285,18 @@ class ScorerContract:
             assert (scores.upper[~seen] == -torch.inf).all(), (generator, dtype)
 
     def test_non_finite_keys_prove_nothing(self):
-        call = self.make("causal", "gaussian")
-        call.key[0, 1, 17] = torch.nan
-        call.key[1, 0, 3, 2] = -torch.inf
-        scores = self.score(call, brackets=isinstance(self.scorer, Bound))
-        assert not torch.isnan(scores.estimate).any()
-        if scores.upper is not None:
-            assert (scores.upper[0, 2:, :, 2] == torch.inf).all()
-            assert (scores.upper[1, :2, :, 0] == torch.inf).all()
-            assert not torch.isnan(scores.upper).any()
-            assert not torch.isnan(scores.lower).any()
+        scores = self.score(broken_keys(self.make("causal", "gaussian")), brackets=True)
+        assert (scores.upper[0, 2:, :, 2] == torch.inf).all()
+        assert (scores.upper[1, :2, :, 0] == torch.inf).all()
+        assert not torch.isnan(scores.upper).any()
+        assert not torch.isnan(scores.lower).any()
+
+
+def broken_keys(call: Call) -> Call:
+    """A NaN in one block of the second KV head, an infinity in one of the first."""
+    call.key[0, 1, 17] = torch.nan
+    call.key[1, 0, 3, 2] = -torch.inf
+    return call
 
 
 class PatternContract:
@@ -314,7 +324,9 @@ class PatternContract:
         position, key = torch.arange(30)[:, None], torch.arange(30)[None, :]
         both = self.pattern | Sinks(3) | Window(2)
         assert isinstance(both, Union)
-        assert torch.equal(both.keeps(position, key), self.pattern.keeps(position, key) | (key < 3) | ((position - key).abs() < 2))
+        assert torch.equal(
+            both.keeps(position, key), self.pattern.keeps(position, key) | (key < 3) | ((position - key).abs() < 2)
+        )
 
 
 class SelectorContract:
@@ -334,10 +346,17 @@ class SelectorContract:
         geometry = stage_geometry.build(call.key, policy.block_size, policy.statistics, value=call.value, key_mask=call.key_mask)
         return pipeline.select(call, geometry, policy, per_query=per_query)
 
-    def calls(self, dtype: torch.dtype = torch.float32, names: tuple[str, ...] = ("gaussian", "clustered", "duplicates", "all_zero")):
+    def calls(
+        self, dtype: torch.dtype = torch.float32, names: tuple[str, ...] = ("gaussian", "clustered", "duplicates", "all_zero")
+    ):
         shape = Shape(2, 4, 2, 75, 91, 8, 4)
         for name in names:
-            for options in ({}, {"causal": True}, {"causal": True, "key_mask": coins(2, 0.6, 2, 91)}, {"causal": True, "window": 30}):
+            for options in (
+                {},
+                {"causal": True},
+                {"causal": True, "key_mask": coins(2, 0.6, 2, 91)},
+                {"causal": True, "window": 30},
+            ):
                 yield a_call(shape, name, 4, dtype, **options)
 
     def visible(self, call: Call, policy: Policy, blocks: int) -> Tensor:
@@ -386,9 +405,7 @@ class SelectorContract:
             assert torch.equal(counts[0], part_counts[0])
             assert torch.equal(counts[1], part_counts[1])
 
-    def test_ties_go_to_the_smaller_index(self):
-        if not isinstance(self.selector, RankSelector):
-            pytest.skip("only rank selectors choose among equals")
+    def test_equals_are_kept_from_the_front(self):
         call = a_call(Shape(1, 2, 1, 16, 64, 8, 4), "all_zero")
         part = self.choose(call, self.policy(keep=None, query_tile=16))[0].blocks
         kept = part.to_tiles()[0, 0, 0]
@@ -408,4 +425,12 @@ def _any_head(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.reshape(x.shape[0], heads, -1, *x.shape[2:]).any(2)
 
 
-__all__ = ["BACKEND_CASES", "BackendContract", "PatternContract", "ScorerContract", "SelectorContract", "strategies"]
+__all__ = [
+    "BACKEND_CASES",
+    "BackendContract",
+    "BoundContract",
+    "PatternContract",
+    "ScorerContract",
+    "SelectorContract",
+    "strategies",
+]

@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 
 
-def visible_keys(q_len: int, kv_len: int, *, causal: bool = False, window: int | None = None, cu_seqlens: Tensor | None = None,
-                 mask: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
+def visible_keys(
+    q_len: int,
+    kv_len: int,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """[batch | 1, heads | 1, q_len, kv_len]: what each query may attend to; query ``i`` sits at ``kv_len - q_len + i``."""
     position = torch.arange(kv_len - q_len, kv_len)[:, None]
     key = torch.arange(kv_len)[None, :]
@@ -31,8 +39,15 @@ def visible_keys(q_len: int, kv_len: int, *, causal: bool = False, window: int |
     return seen if mask is None else seen & mask
 
 
-def plain_logits(query: Tensor, key: Tensor, allowed: Tensor, *, scale: float | None = None, bias: Tensor | None = None,
-                 softcap: float | None = None) -> Tensor:
+def plain_logits(
+    query: Tensor,
+    key: Tensor,
+    allowed: Tensor,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Capped, biased logits, -inf where not ``allowed``: [batch, q_heads, q_len, kv_len]."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
@@ -44,8 +59,17 @@ def plain_logits(query: Tensor, key: Tensor, allowed: Tensor, *, scale: float | 
     return logits.masked_fill(~allowed, -torch.inf)
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, *, scale: float | None = None,
-                    bias: Tensor | None = None, softcap: float | None = None, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """``(output, lse)`` over the ``allowed`` keys; zeros and -inf for a query without any."""
     logits = plain_logits(query, key, allowed, scale=scale, bias=bias, softcap=softcap)
     top = logits.detach().amax(-1, keepdim=True)

@@ -35,8 +35,12 @@ def _normal(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def _parts(seed: int, s: Shape) -> list[Tensor]:
-    return _normal(seed, (s.batch, s.q_heads, s.q_len, s.dim), (s.batch, s.kv_heads, s.kv_len, s.dim),
-                   (s.batch, s.kv_heads, s.kv_len, s.v_dim))
+    return _normal(
+        seed,
+        (s.batch, s.q_heads, s.q_len, s.dim),
+        (s.batch, s.kv_heads, s.kv_len, s.dim),
+        (s.batch, s.kv_heads, s.kv_len, s.v_dim),
+    )
 
 
 def gaussian(seed: int, shape: Shape = Shape(), dtype: torch.dtype = torch.float32) -> QKV:
@@ -152,8 +156,16 @@ def shapes(max_len: int = 80, *, q_len: int | None = None) -> st.SearchStrategy[
         return Shape(batch, kv_heads * group, kv_heads, q_len or queries, keys, dim, v_dim)
 
     length = st.integers(1, max_len)
-    return st.builds(build, st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), length, length, st.sampled_from((4, 8, 17)),
-                     st.sampled_from((3, 8)))
+    return st.builds(
+        build,
+        st.integers(1, 2),
+        st.integers(1, 2),
+        st.integers(1, 3),
+        length,
+        length,
+        st.sampled_from((4, 8, 17)),
+        st.sampled_from((3, 8)),
+    )
 
 
 def seeds() -> st.SearchStrategy[int]:
@@ -178,8 +190,18 @@ def edits() -> st.SearchStrategy[list[tuple[str, int]]]:
     return st.lists(one, min_size=1, max_size=6)
 
 
-def random_blocks(seed: int, shape: Shape, *, heads: int | None = None, q_block: int = 8, kv_block: int = 4, density: float = 0.4,
-                  per_query: bool = False, causal: bool = False, like: Tensor | None = None) -> Any:
+def random_blocks(
+    seed: int,
+    shape: Shape,
+    *,
+    heads: int | None = None,
+    q_block: int = 8,
+    kv_block: int = 4,
+    density: float = 0.4,
+    per_query: bool = False,
+    causal: bool = False,
+    like: Tensor | None = None,
+) -> Any:
     """A random block selection for ``shape``; with ``per_query`` every row keeps blocks of its own."""
     from sieve_attn.types import Blocks, Selection
 
@@ -195,4 +217,10 @@ def random_blocks(seed: int, shape: Shape, *, heads: int | None = None, q_block:
         kept = torch.zeros(shape.batch, heads, tiles, blocks, dtype=torch.int64).index_add_(2, tile, rows.long()) > 0
     if like is not None:
         kept, rows = kept.to(like.device), None if rows is None else rows.to(like.device)
-    return Selection((Blocks.from_tiles(kept, q_len=shape.q_len, kv_len=shape.kv_len, q_block=q_block, kv_block=kv_block, lead=lead, rows=rows),))
+    return Selection(
+        (
+            Blocks.from_tiles(
+                kept, q_len=shape.q_len, kv_len=shape.kv_len, q_block=q_block, kv_block=kv_block, lead=lead, rows=rows
+            ),
+        )
+    )

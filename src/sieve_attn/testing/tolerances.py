@@ -31,7 +31,9 @@ def allowed_error(exact: Array, plain: Array | None, dtype: torch.dtype) -> floa
     return float(2.0 * apart[np.isfinite(apart)].max(initial=0.0) + floor)
 
 
-def assert_close(got: Array, exact: Array, *, plain: Array | None = None, dtype: torch.dtype = torch.float64, what: str = "result") -> None:
+def assert_close(
+    got: Array, exact: Array, *, plain: Array | None = None, dtype: torch.dtype = torch.float64, what: str = "result"
+) -> None:
     """``got`` is finite where ``exact`` is, equals it elsewhere (-inf and NaN included) and errs by no more than is allowed."""
     got, exact = float64(got), float64(exact)
     if got.shape != exact.shape:

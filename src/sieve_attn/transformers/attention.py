@@ -59,8 +59,15 @@ class LayerState:
         cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, Cache)), None)
         self._cache_layer = None if cache is None else adopt(cache, self.layer, self.setting.policy)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, sliding_window: int | None,
-               options: dict[str, Any]) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        sliding_window: int | None,
+        options: dict[str, Any],
+    ) -> Tensor:
         """[batch, q_heads, q_len, v_dim] by the policy; a layer with a sliding window is dense inside of it."""
         layout, order = masks.read(attention_mask, key.shape[2], sliding_window)
         options |= order | {"key_mask": layout.padding, "cu_seqlens": layout.edges, "window": layout.window}
@@ -119,10 +126,22 @@ def _chosen_backend(backend: str, query: Tensor, value: Tensor) -> tuple[str, st
 
 
 @torch.compiler.disable
-def attention_function(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-                       scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
-                       s_aux: Tensor | None = None, sliding_window: int | None = None, is_causal: bool | None = None,
-                       output_attentions: bool | None = None, **others: Any) -> tuple[Tensor, None]:
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    output_attentions: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
     """What transformers calls: query [batch, q_heads, q_len, dim], key and value [batch, kv_heads, kv_len, dim | v_dim].
 
     Returns ``(output [batch, q_len, q_heads, v_dim], None)``. Raises ValueError for dropout, for weights that are asked for,
@@ -130,20 +149,29 @@ def attention_function(module: nn.Module, query: Tensor, key: Tensor, value: Ten
     """
     state = getattr(module, STATE, None)
     if state is None:
-        raise error("attn_implementation", f"{NAME!r} must be set by `sparsify`", type(module).__name__,
-                    "call sieve_attn.sparsify(model, policy)")
+        raise error(
+            "attn_implementation",
+            f"{NAME!r} must be set by `sparsify`",
+            type(module).__name__,
+            "call sieve_attn.sparsify(model, policy)",
+        )
     if dropout:
         raise error("dropout", "must be 0 in a sparse model", dropout, "call model.eval(), or set attention_dropout to 0")
     if output_attentions or getattr(getattr(module, "config", None), "output_attentions", False):
-        raise error("output_attentions", "must be off: sparse attention never computes the weights", True,
-                    "use `capture`, or desparsify the model first")
+        raise error(
+            "output_attentions",
+            "must be off: sparse attention never computes the weights",
+            True,
+            "use `capture`, or desparsify the model first",
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
         raise error("is_causal", "must be True", causal, "leave encoders and cross-attention dense")
     for name, given in others.items():
         if given is not None and name not in _ASIDE:
-            raise error(name, "is not understood by sparse attention", type(given).__name__,
-                        "leave it out, or desparsify the model")
+            raise error(
+                name, "is not understood by sparse attention", type(given).__name__, "leave it out, or desparsify the model"
+            )
     sink = None if s_aux is None else s_aux.reshape(-1)
     options = {"scale": scaling, "softcap": softcap, "sink": sink}
     return state.attend(query, key, value, attention_mask, sliding_window, options).transpose(1, 2).contiguous(), None

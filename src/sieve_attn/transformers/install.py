@@ -99,8 +99,9 @@ def report(model: PreTrainedModel, *, reset: bool = False) -> ModelReport:
 
 
 @contextmanager
-def capture(model: PreTrainedModel, *, certificates: bool = True, truth: bool = False,
-            keep_selection: bool = True) -> Iterator[list[Record]]:
+def capture(
+    model: PreTrainedModel, *, certificates: bool = True, truth: bool = False, keep_selection: bool = True
+) -> Iterator[list[Record]]:
     """A list that fills with one :class:`Record` for every attention call while the context is open.
 
     ``certificates`` bounds what each query dropped; ``truth`` also computes it exactly, with the distance to dense attention's
@@ -128,21 +129,35 @@ def _policy(given: Any) -> Policy:
         return policies.parse(given)
     made = given.to_policy() if callable(getattr(given, "to_policy", None)) else given
     if not isinstance(made, Policy):
-        raise error("config_or_policy", "must be a Policy, its text, or have `to_policy()`", type(given).__name__,
-                    "try policies.Adaptive(mass=0.99) or 'top_blocks(k=32)'", TypeError)
+        raise error(
+            "config_or_policy",
+            "must be a Policy, its text, or have `to_policy()`",
+            type(given).__name__,
+            "try policies.Adaptive(mass=0.99) or 'top_blocks(k=32)'",
+            TypeError,
+        )
     return made
 
 
 def _attention_modules(model: Any) -> list[nn.Module]:
     """The modules that call the attention interface; raises where there is none."""
     if not isinstance(model, PreTrainedModel):
-        raise error("model", "must be a transformers PreTrainedModel", type(model).__name__,
-                    "load it with transformers.AutoModelForCausalLM, or pass the model inside of a wrapper", TypeError)
+        raise error(
+            "model",
+            "must be a transformers PreTrainedModel",
+            type(model).__name__,
+            "load it with transformers.AutoModelForCausalLM, or pass the model inside of a wrapper",
+            TypeError,
+        )
     if getattr(model.config, "is_encoder_decoder", False):
         raise error("model", "must be decoder-only", type(model).__name__, "use a causal language model")
     if not model._supports_attention_backend or not model._can_set_attn_implementation():
-        raise error("model", "must compute attention through the attention interface of transformers", type(model).__name__,
-                    "use a model whose class sets _supports_attention_backend")
+        raise error(
+            "model",
+            "must compute attention through the attention interface of transformers",
+            type(model).__name__,
+            "use a model whose class sets _supports_attention_backend",
+        )
     found = [m for m in model.modules() if "Attention" in type(m).__name__ and isinstance(getattr(m, "layer_idx", None), int)]
     if not found:
         raise error("model", "must have attention modules with a `layer_idx`", type(model).__name__, "use a decoder-only model")

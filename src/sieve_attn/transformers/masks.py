@@ -31,9 +31,17 @@ class Layout:
 
 
 @torch.compiler.disable
-def mask_function(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0,
-                  mask_function: Callable = causal_mask_function, attention_mask: Tensor | None = None,
-                  device: Any = "cpu", **_: Any) -> Tensor:
+def mask_function(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: Any = "cpu",
+    **_: Any,
+) -> Tensor:
     """A [1, 1, 1, 1] tensor that carries the :class:`Layout` of this forward pass.
 
     Raises ValueError for a mask that is neither causal nor causal with a sliding window or packed sequences.
@@ -62,13 +70,18 @@ def read(attention_mask: Tensor | None, kv_len: int, sliding_window: int | None)
 
 def _own_mask(mask: Tensor) -> dict[str, Tensor]:
     if mask.ndim != 4:
-        raise error("attention_mask", "must be [batch, kv_len], or [batch, 1, q_len, kv_len] complete with causality",
-                    f"shape {tuple(mask.shape)}", "pass the padding mask alone")
+        raise error(
+            "attention_mask",
+            "must be [batch, kv_len], or [batch, 1, q_len, kv_len] complete with causality",
+            f"shape {tuple(mask.shape)}",
+            "pass the padding mask alone",
+        )
     if mask.dtype == torch.bool:
         return {"mask": mask}
     if not mask.dtype.is_floating_point:
-        raise error("attention_mask", "with four axes must be boolean or additive (floating)", f"dtype {mask.dtype}",
-                    "cast it to bool")
+        raise error(
+            "attention_mask", "with four axes must be boolean or additive (floating)", f"dtype {mask.dtype}", "cast it to bool"
+        )
     hidden = mask <= torch.finfo(mask.dtype).min / 2
     if not (mask.masked_fill(hidden, 0.0) != 0).any():
         return {"mask": ~hidden}
@@ -89,8 +102,12 @@ def _edges(packed: Tensor | None) -> Tensor | None:
     if packed is None:
         return None
     if packed.shape[0] != 1:
-        raise error("position_ids", "may pack sequences in a batch of one only", f"batch {packed.shape[0]}",
-                    "pack them along one row, or pass an attention_mask")
+        raise error(
+            "position_ids",
+            "may pack sequences in a batch of one only",
+            f"batch {packed.shape[0]}",
+            "pack them along one row, or pass an attention_mask",
+        )
     starts = torch.nonzero(packed[0].diff(prepend=packed[0, :1] - 1))[:, 0]
     return torch.cat([starts, starts.new_tensor([packed.shape[1]])])
 
@@ -120,8 +137,12 @@ def _parts(function: Callable) -> dict[str, Any]:
     if name == "remap_positions_for_packed_sequence":
         # positions rise by one inside of a sequence, so distances are those of the indices
         return _parts(inside["mask_function"])
-    raise error("attention mask", "must be causal, perhaps with a sliding window or packed sequences", name,
-                "leave this model dense, or sparsify its text model alone")
+    raise error(
+        "attention mask",
+        "must be causal, perhaps with a sliding window or packed sequences",
+        name,
+        "leave this model dense, or sparsify its text model alone",
+    )
 
 
 def _name(function: Any) -> str:

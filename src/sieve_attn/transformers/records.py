@@ -42,8 +42,11 @@ class Capture:
         certificate = report.certificate if self.certificates else None
         lost = true_dropped_mass(call, report.selection) if self.truth else None
         error = _output_error(call, output, backend) if self.truth else None
-        kept = replace(report, certify=None if certificate is None else lambda: certificate,
-                       selection=report.selection if self.keep_selection else None)
+        kept = replace(
+            report,
+            certify=None if certificate is None else lambda: certificate,
+            selection=report.selection if self.keep_selection else None,
+        )
         record = Record(layer, phase, call.q_len, call.kv_len, kept, certificate, lost, error)
         self.records.append(record)
         return record

@@ -32,8 +32,9 @@ class Blocks:
     row_mask: Array | None = None  # [entries, q_block] bool
 
     @classmethod
-    def from_tiles(cls, kept: Array, *, q_len: int, kv_len: int, q_block: int, kv_block: int, lead: int = 0,
-                   rows: Array | None = None) -> Blocks:
+    def from_tiles(
+        cls, kept: Array, *, q_len: int, kv_len: int, q_block: int, kv_block: int, lead: int = 0, rows: Array | None = None
+    ) -> Blocks:
         """From ``kept`` [batch, heads, tiles, blocks] bool and, for per-query choices, ``rows`` [batch, heads, q_len, blocks]."""
         xp = arrays.namespace(kept)
         batch, heads = kept.shape[:2]

@@ -1,0 +1,57 @@
+"""Every backend that runs here does with a selection what the fp64 oracle does with it."""
+
+import numpy as np
+import pytest
+import torch
+
+from sieve_attn import attend, attention, dispatch
+from sieve_attn.testing import BackendContract, assert_close
+from sieve_attn.testing.contracts import BACKEND_CASES
+
+REQUEST = dispatch.Request("torch", "cpu", "float32", 64, 64)
+
+
+class TestReference(BackendContract):
+    backend = "reference"
+
+
+@pytest.mark.parametrize("name", BACKEND_CASES)
+def test_numpy_and_torch_agree(name):
+    (q, k, v), selection, options = BackendContract().case(name, torch.float64)
+    out, lse = attend(q, k, v, selection, **options)
+    part = selection.blocks
+    fields = {n: x.numpy() if isinstance(x, torch.Tensor) else x for n, x in vars(part).items() if not n.startswith("_")}
+    theirs = type(selection)((type(part)(**fields),))
+    plain = {n: x.numpy() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    out_, lse_ = attend(q.numpy(), k.numpy(), v.numpy(), theirs, **plain)
+    assert isinstance(out_, np.ndarray)
+    assert_close(out_, out, what=name)
+    assert_close(lse_, lse, what=name)
+
+
+def test_a_backend_that_is_missing_gives_its_reasons():
+    for name in dispatch.ORDER:
+        reasons = dispatch.why_not(name, REQUEST)
+        if not reasons:
+            continue
+        with pytest.raises(ValueError, match=r"`backend` cannot run this call: .*") as caught:
+            dispatch.choose(name, REQUEST)
+        assert all(reason in str(caught.value) for reason in reasons)
+        assert "backend='auto'" in str(caught.value)
+
+
+def test_auto_says_what_it_chose_and_why():
+    name, why = dispatch.choose("auto", REQUEST)
+    assert name in dispatch.ORDER
+    for passed in dispatch.ORDER[: dispatch.ORDER.index(name)]:
+        assert passed in why
+    q = torch.randn(1, 1, 4, 8)
+    _, report = attention(q, q, q, return_report=True)
+    assert report.backend in dispatch.ORDER
+    assert report.why_backend
+
+
+def test_a_named_backend_is_the_one_that_runs():
+    q = torch.randn(1, 1, 4, 8)
+    _, report = attention(q, q, q, backend="reference", return_report=True)
+    assert (report.backend, report.why_backend) == ("reference", "named by the caller")

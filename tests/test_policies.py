@@ -1,0 +1,182 @@
+"""Presets, text and back, and what the report says."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sieve_attn import attention, policies, scores
+from sieve_attn.patterns import Sinks, Window
+from sieve_attn.policies import Adaptive, Aether, Certified, Dense, EventRadar, Policy, Quest, TopBlocks, Windowed, parse
+from sieve_attn.scores import Bennett, Box, Euclidean, KeySketch, Tightest
+from sieve_attn.selection import Mass, RelativeThreshold, TargetSparsity, Threshold, TopK
+from sieve_attn.testing import Shape
+from sieve_attn.testing.contracts import coins
+from sieve_attn.testing.strategies import gaussian
+
+EVERY = [make() for make in policies.PRESETS.values()] + [
+    Aether(-math.inf), Aether(math.inf, 48), EventRadar(target_sparsity=0.8, sink_blocks=1, use_variance=True, recency="legacy"),
+    Certified(0.5, bits=4, sinks=0), Windowed(0, 5), Policy(keep=Sinks(1) | Window(2) | Sinks(3)),
+    Policy(Tightest((Euclidean(), Box(), KeySketch(8, query_bits=8))), RelativeThreshold(2.0), bound=Bennett(), far_field=True),
+    Policy(scores.Random(7), TargetSparsity(0.25), query_stride=4, share_group=False, dense_above=0.5, min_seq_length=128),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", EVERY, ids=repr)
+def test_text_reads_back(policy):
+    assert parse(repr(policy)) == policy
+    assert parse(policy.text) == policy
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.floats(allow_nan=False), st.integers(1, 999), st.floats(0, 1, exclude_min=True, exclude_max=True))
+def test_every_number_reads_back(level, k, share):
+    for policy in (Aether(level, k), TopBlocks(k), Adaptive(share), Certified(share)):
+        assert parse(repr(policy)) == policy
+
+
+@pytest.mark.parametrize("name", policies.PRESETS)
+def test_presets_run_by_name(name):
+    q, k, v = gaussian(1, Shape(1, 4, 2, 20, 100, 8, 4))
+    out, report = attention(q, k, v, parse(name), causal=True, return_report=True)
+    assert out.shape == (1, 4, 20, 4)
+    assert 0 < report.density <= 1
+    assert parse(report.policy) == parse(name)
+
+
+def test_presets_are_just_such_lines():
+    ends = Sinks(16) | Window(64)
+    assert Dense() == Policy()
+    assert TopBlocks(8) == Policy(KeySketch(4), TopK(8), ends, query_stride=4)
+    assert Adaptive(0.9) == Policy(KeySketch(4), Mass(0.9), ends)
+    assert Aether(0.2, 32) == Policy(Euclidean(), Threshold(0.2), block_size=32, query_tile=32)
+    assert Quest(9).scorer == Box()
+    assert Windowed(3, 4) == Policy(keep=Sinks(3) | Window(4))
+    assert Certified(0.1).certifier == KeySketch(8)
+    assert TopBlocks().certifier == KeySketch(4)
+    assert EventRadar().certifier == KeySketch(8)
+
+
+def test_windowed_keeps_exactly_its_tokens():
+    q, k, v = gaussian(1, Shape(1, 2, 1, 30, 40, 8, 4))
+    _, report = attention(q, k, v, Windowed(3, 5), causal=True, return_report=True)
+    position, key = torch.arange(10, 40)[:, None], torch.arange(40)
+    wanted = ((key < 3) | (key > position - 5)) & (key <= position)
+    kept = report.selection.to_dense(q)[0, 0] & (key <= position)
+    assert torch.equal(kept, wanted)
+    assert report.density == pytest.approx(float(wanted.sum()) / float((key <= position).sum()))
+
+
+def test_density_by_hand():
+    # 2 tiles of 4 queries over 8 keys in blocks of 2, causal; tile 0 sees blocks 0, 1 and keeps both since both are cut;
+    # tile 1 sees 4 blocks of which 2 and 3 are cut, and top-1 adds one of 2 keys. Queries see at most 2 keys of a block.
+    q, k, v = gaussian(1, Shape(1, 1, 1, 8, 8, 4, 4))
+    k[:, :, 2:4] = 50 * q[:, :, 7:8].sign()
+    k[:, :, :2] = -k[:, :, 2:4]
+    policy = Policy(scores.Exact(), TopK(1), block_size=2, query_tile=4)
+    _, report = attention(q, k, v, policy, causal=True, return_report=True)
+    assert report.visible.tolist() == [[[4, 8]]]
+    assert report.kept[0, 0, 0] == 4
+    assert report.kept[0, 0, 1] in (6, 8)
+    assert report.density == float(report.kept.sum()) / 12
+    assert report.achieved_sparsity == 1 - report.density
+    assert report.density_per_head.shape == (1, 1)
+    assert float(report.density_per_head) == pytest.approx(report.density)
+
+
+def test_masked_keys_do_not_count():
+    q, k, v = gaussian(1, Shape(2, 2, 1, 4, 32, 8, 4))
+    mask = torch.ones(2, 32, dtype=torch.bool)
+    mask[1, :16] = False
+    policy = Policy(KeySketch(4), TopK(1), query_tile=4)
+    _, report = attention(q, k, v, policy, key_mask=mask, return_report=True)
+    assert report.visible.tolist() == [[[32]], [[16]]]
+    assert report.kept.tolist() == [[[16]], [[16]]]
+
+
+def test_requested_and_achieved_sparsity_stand_side_by_side():
+    q, k, v = gaussian(1, Shape(1, 2, 1, 64, 640, 8, 4))
+    _, report = attention(q, k, v, Policy(KeySketch(4), TargetSparsity(0.75)), return_report=True)
+    assert report.requested_sparsity == 0.75
+    assert report.achieved_sparsity == pytest.approx(0.75)
+    _, forced = attention(q, k, v, Policy(KeySketch(4), TargetSparsity(0.75), Window(256)), return_report=True)
+    assert forced.requested_sparsity == 0.75
+    assert forced.achieved_sparsity < 0.75
+
+
+def test_below_min_seq_length_attention_is_dense_and_says_so():
+    q, k, v = gaussian(1, Shape(2, 2, 1, 40, 40, 8, 4))
+    short = Policy(KeySketch(4), TopK(1), min_seq_length=41)
+    out, report = attention(q, k, v, short, causal=True, return_report=True)
+    assert torch.equal(out, attention(q, k, v, causal=True))
+    assert report.density == 1
+    assert [f.reason for f in report.fallbacks] == ["kv_len 40 is below min_seq_length 41"]
+    _, report = attention(q, k, v, Policy(KeySketch(4), TopK(1), min_seq_length=40), return_report=True)
+    assert report.density < 1
+    assert not report.fallbacks
+
+
+def test_turning_dense_is_reported():
+    q, k, v = gaussian(1, Shape(1, 2, 1, 64, 320, 8, 4))
+    policy = Policy(KeySketch(4), Mass(0.9), dense_above=0.3)
+    out, report = attention(q, k, v, policy, return_report=True)
+    assert torch.equal(out, attention(q, k, v))
+    assert report.density == 1
+    assert len(report.fallbacks) == 1
+    assert "dense_above=0.3" in report.fallbacks[0].reason
+    assert report.fallbacks[0].count == 1
+
+
+def test_a_fixed_policy_never_turns_dense():
+    q, k, v = gaussian(1, Shape(1, 2, 1, 64, 320, 8, 4))
+    for policy in (Policy(KeySketch(4), TopK(15), dense_above=0.1), Policy(KeySketch(4), TargetSparsity(0.1), dense_above=0.1)):
+        _, report = attention(q, k, v, policy, return_report=True)
+        assert report.density < 1
+        assert not report.fallbacks
+
+
+def test_a_proof_that_needs_everything_is_reported():
+    q, k, v = gaussian(1, Shape(1, 2, 1, 64, 320, 8, 4))
+    _, report = attention(q, k, v, Certified(1e-6, bits=1), return_report=True)
+    assert report.density == 1
+    assert [f.reason for f in report.fallbacks] == ["the proof needed every visible block of a tile"]
+
+
+def test_tiles_that_see_nothing_are_no_fallback():
+    q, k, v = gaussian(1, Shape(2, 2, 1, 64, 320, 8, 4))
+    mask = torch.ones(2, 320, dtype=torch.bool)
+    mask[0] = False
+    _, report = attention(q, k, v, Certified(0.4, sinks=0, window=0), key_mask=mask, return_report=True)
+    counted = sum(f.count for f in report.fallbacks)
+    assert counted == int((report.kept == report.visible)[1].sum())
+
+
+def test_the_report_is_lazy_and_can_let_go_of_its_arrays():
+    q, k, v = gaussian(1, Shape(1, 2, 1, 8, 64, 8, 4))
+    _, report = attention(q, k, v, TopBlocks(1, sinks=0, window=0), return_report=True)
+    assert "certificate" not in vars(report)
+    light = report.without_arrays()
+    assert light.selection is None
+    assert torch.equal(light.certificate.dropped_mass, report.certificate.dropped_mass)
+    found = report.certificate
+    values = found.dropped_mass.flatten().sort().values
+    assert found.quantile(0.0) == float(values[0])
+    assert found.quantile(1.0) == float(values[-1])
+    assert set(report.seconds) == {"geometry", "selection", "attend"}
+
+
+def test_a_ready_geometry_or_selection_skips_the_stages_before():
+    from sieve_attn import geometry
+
+    q, k, v = gaussian(1, Shape(1, 4, 2, 8, 100, 8, 4))
+    mask = coins(1, 0.8, 1, 100)
+    policy = TopBlocks(2, sinks=0, window=0)
+    out, report = attention(q, k, v, policy, key_mask=mask, return_report=True)
+    assert report.geometry_from == "keys"
+    built = geometry.build(k, policy.block_size, policy.statistics, key_mask=mask)
+    again, second = attention(q, k, v, policy, key_mask=mask, geometry=built, return_report=True)
+    assert second.geometry_from == "given"
+    assert torch.equal(out, again)
+    assert torch.equal(out, attention(q, k, v, policy, key_mask=mask, selection=report.selection))
