@@ -186,7 +186,10 @@ def test_rounding_goes_outward():
     assert (bounds.round_down(xp, x, 0.0)[:4] < x[:4]).all()
     assert bounds.round_up(xp, x, 0.0)[4] == bounds.round_down(xp, x, 0.0)[4] == -np.inf
     assert (bounds.kept_mass(xp, x, margin=0.0, additions=10)[:4] < x[:4]).all()
-    assert (bounds.kept_mass(xp, x, margin=0.0, additions=10, rounded_probabilities=True)[:4] < x[:4] - 2.0**-9).all()
+    assert (
+        bounds.kept_mass(xp, x, margin=0.0, additions=10, rounding=bounds.Rounding(rounded_probabilities=True))[:4]
+        < x[:4] - 2.0**-9
+    ).all()
 
 
 @LAWS

@@ -8,12 +8,24 @@ masses are logarithms. Upper formulas may only err upwards, lower ones only down
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 Array = Any
 
 UNIT = 2.0**-24  # rounding unit of an fp32 sum; backends with a coarser one pass their own
 SMALLEST = 2.0**-126  # smallest normal fp32 number: a certificate of something dropped is never reported as zero
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a backend's own sums round: every backend states it, and certificates of its output allow for it."""
+
+    unit: float = UNIT  # 2^-22 for sums on tensor cores
+    rounded_probabilities: bool = False  # probabilities are rounded to bf16 before they are summed
+
+
+FP32 = Rounding()
 
 
 def soft_cap(xp: Any, x: Array, cap: float | None) -> Array:
@@ -128,17 +140,15 @@ def round_down(xp: Any, log_mass: Array, margin: Array, unit: float = UNIT) -> A
     return log_mass - margin - 8 * unit * (1.0 + size)
 
 
-def kept_mass(
-    xp: Any, lse: Array, *, margin: Array, additions: int, tiles: int = 1, unit: float = UNIT, rounded_probabilities: bool = False
-) -> Array:
+def kept_mass(xp: Any, lse: Array, *, margin: Array, additions: int, tiles: int = 1, rounding: Rounding = FP32) -> Array:
     """``log K``: at most the true log mass of the kept keys, from the ``lse`` that a kernel returned.
 
-    ``additions`` is the longest chain of additions in its row sum, ``margin`` the logit margin of the kept keys;
-    ``rounded_probabilities`` if the kernel rounds them to bf16 before it sums them.
+    ``additions`` is the longest chain of additions in its row sum, ``margin`` the logit margin of the kept keys,
+    ``rounding`` what the kernel's backend states of its sums.
     """
     size = xp.where(xp.isfinite(lse), abs(lse), 0.0)
-    loss = (additions + 4 * tiles + 16) * unit + (2.0**-8 if rounded_probabilities else 0.0)
-    return lse - margin - 4 * unit * size - loss
+    loss = (additions + 4 * tiles + 16) * rounding.unit + (2.0**-8 if rounding.rounded_probabilities else 0.0)
+    return lse - margin - 4 * rounding.unit * size - loss
 
 
 def dropped_mass(xp: Any, log_kept: Array, log_dropped: Array, unit: float = UNIT) -> Array:

@@ -119,7 +119,7 @@ def attention(
             policy=repr(policy), backend=name, why_backend=why, bound=repr(policy.certifier), kept=kept, visible=visible,
             requested_sparsity=None if policy.selector is None else policy.selector.requested_sparsity,
             fallbacks=fallbacks, seconds=seconds, geometry_from=geometry_from, selection=selection,
-            certify=lambda: certificate(call, selection, policy, output, lse, geometry, field),
+            certify=lambda: certificate(call, selection, policy, output, lse, geometry, field, name),
         ))  # fmt: skip
     return results[0] if len(results) == 1 else tuple(results)
 
@@ -230,6 +230,7 @@ def certificate(
     lse: Array,
     geometry: Geometry | None = None,
     field: Any = None,
+    backend: str = "reference",
 ) -> Certificate:
     """Stage 5: the certificate of what a call dropped, by the policy's bound, with value statistics for the output error."""
     xp = arrays.namespace(call.query)
@@ -238,12 +239,12 @@ def certificate(
         asked = asked | FAR_FIELD_STATISTICS
     if geometry is None or not geometry.has(asked):
         geometry = stage_geometry.build(call.key, policy.block_size, asked, value=call.value, key_mask=call.key_mask)
-    near = lse
+    rounding = dispatch.module(backend).ROUNDING
     if field is not None:
         # the far field's own mass is an estimate: K is what was really read
-        near = _attend(call, selection, "reference", None)[1]
-        return certify(call, selection, geometry, policy.certifier, near, output, far.FarField(geometry, FAR_FIELD_BOUND))
-    return certify(call, selection, geometry, policy.certifier, xp.detach(near), xp.detach(output))
+        lse = _attend(call, selection, backend, None)[1]
+        field = far.FarField(geometry, FAR_FIELD_BOUND)
+    return certify(call, selection, geometry, policy.certifier, xp.detach(lse), xp.detach(output), field, rounding)
 
 
 def count_tokens(call: Call, selection: Selection) -> tuple[Array, Array]:

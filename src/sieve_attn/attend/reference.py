@@ -15,10 +15,13 @@ from jaxtyping import Bool, Float
 from sieve_attn import arrays
 from sieve_attn.attend import far_field as far
 from sieve_attn.attend.far_field import FarField
-from sieve_attn.bounds import soft_cap
+from sieve_attn.bounds import FP32, soft_cap
 from sieve_attn.types import Call, Rows, Selection
 
 Array = Any
+
+
+ROUNDING = FP32
 
 
 def why_not(request: Any) -> tuple[str, ...]:

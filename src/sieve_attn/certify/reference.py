@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from sieve_attn import arrays
 from sieve_attn.attend.far_field import FarField, expand, front
-from sieve_attn.bounds import UNIT, dropped_mass, kept_mass, logit_margin
+from sieve_attn.bounds import FP32, UNIT, Rounding, dropped_mass, kept_mass, logit_margin
 from sieve_attn.checks import error
 from sieve_attn.scores.base import Bound, exact_logits, grouped, per_query_head, query_norm, split_blocks, visible_count
 from sieve_attn.types import Call, Certificate, Geometry, Rows, Selection
@@ -25,11 +25,13 @@ def certify(
     lse: Float[Array, "batch q_heads q_len"],
     output: Float[Array, "batch q_heads q_len v_dim"] | None = None,
     far_field: FarField | None = None,
+    rounding: Rounding = FP32,
 ) -> Certificate:
     """Bound the softmax mass that ``selection`` dropped, per query, whoever chose it.
 
-    ``lse`` is what attending over the selection returned (without a far field). With ``output`` and value statistics in the
-    geometry, ``||dense output - output||`` is bounded as well: ``delta * max over dropped B (||nu_B - o'|| + rho_B)``.
+    ``lse`` is what attending over the selection returned (without a far field), its sums rounded as ``rounding`` says.
+    With ``output`` and value statistics in the geometry, ``||dense output - output||`` is bounded as well:
+    ``delta * max over dropped B (||nu_B - o'|| + rho_B)``; the rounding of the output itself is not part of it.
     Raises TypeError for a scorer that is no Bound, ValueError where fp32 products are not fp32.
     """
     xp = arrays.namespace(call.query)
@@ -43,14 +45,15 @@ def certify(
             seen = call.kv_stop(stop, geometry.block_size)
             rows, part = call.rows(start, stop, seen), front(geometry, seen)
             kept = selection.rows(start, stop, call.query)[..., :seen]
-            delta, dropped, scores = _dropped(xp, rows, part, bound, kept, lse[:, :, start:stop])
+            log_k = _kept(xp, rows, part, lse[:, :, start:stop], rounding)
+            delta, dropped, scores = _dropped(xp, rows, part, bound, kept, log_k)
             masses.append(xp.cast(delta, xp.float32))
             if output is not None and geometry.value_mean is not None:
                 made = xp.cast(output[:, :, start:stop], rows.query.dtype)
                 if far_field is None:
                     bad = delta * _reach(xp, rows, part, dropped, made, call)
                 else:
-                    bad = _far_error(xp, rows, part, kept, dropped, scores, made, lse[:, :, start:stop], call, far_field)
+                    bad = _far_error(xp, rows, part, kept, dropped, scores, made, log_k, call, far_field)
                 errors.append(xp.cast(xp.where(delta == 0, 0.0, bad * (1 + 64 * UNIT)), xp.float32))
     output_error = xp.concat(errors, 2) if errors else None
     return Certificate(xp.concat(masses, 2), repr(bound), output_error)
@@ -69,7 +72,7 @@ def require_full_precision(xp: Any, query: Array) -> None:
             )
 
 
-def _dropped(xp, rows: Rows, geometry: Geometry, bound: Bound, kept: Array, lse: Array):
+def _dropped(xp, rows: Rows, geometry: Geometry, bound: Bound, kept: Array, log_k: Array):
     """``(delta, dropped blocks, scores)`` of one chunk."""
     size = geometry.block_size
     scores = bound.score(rows, geometry, brackets=True)
@@ -81,17 +84,18 @@ def _dropped(xp, rows: Rows, geometry: Geometry, bound: Bound, kept: Array, lse:
     log_p = xp.logsumexp(xp.where(dropped, scores.upper, -math.inf), -1)
     log_p = log_p + (scores.upper.shape[-1] + 16) * UNIT
     seen = visible_count(rows, size) > 0
-    delta = dropped_mass(xp, _kept(xp, rows, geometry, lse), log_p)
+    delta = dropped_mass(xp, log_k, log_p)
     broken = xp.any_(seen & ~per_query_head(geometry.finite, rows)[:, :, None, :], -1)
     return xp.where(broken | ~xp.isfinite(query_norm(rows)[..., 0]), 1.0, delta), dropped, scores
 
 
-def _kept(xp, rows: Rows, geometry: Geometry, lse: Array) -> Array:
+def _kept(xp, rows: Rows, geometry: Geometry, lse: Array, rounding: Rounding) -> Array:
     """``log K``: what the returned ``lse`` proves to have been kept."""
     seen = visible_count(rows, geometry.block_size) > 0
     norm = xp.amax(xp.where(seen, per_query_head(geometry.key_norm, rows)[:, :, None, :], 0.0), -1)
-    margin = logit_margin(rows.scale, query_norm(rows)[..., 0], norm, rows.query.shape[-1] + 8)
-    return kept_mass(xp, xp.cast(lse, rows.query.dtype), margin=margin, additions=rows.visible.shape[-1])
+    margin = logit_margin(rows.scale, query_norm(rows)[..., 0], norm, rows.query.shape[-1] + 8, rounding.unit)
+    additions = rows.visible.shape[-1]
+    return kept_mass(xp, xp.cast(lse, rows.query.dtype), margin=margin, additions=additions, rounding=rounding)
 
 
 def _distance(xp, means: Array, made: Array, rows: Rows, exact_output: bool) -> Array:
@@ -112,12 +116,11 @@ def _reach(xp, rows: Rows, geometry: Geometry, dropped: Array, made: Array, call
     return xp.amax(xp.where(dropped, far, 0.0), -1)
 
 
-def _far_error(xp, rows, geometry, kept, dropped, scores, made, lse, call, far_field) -> Array:
+def _far_error(xp, rows, geometry, kept, dropped, scores, made, log_k, call, far_field) -> Array:
     """``sum_B [max(U - m, m - L) d_B + U rho_B] / Z_low`` with ``d_B = ||nu_B - o''||`` and ``Z_low = K + sum L_B``."""
     # m as the output has it, clipped by the bound of the far field; U and L by the bound that certifies
     mass = expand(rows, kept, front(far_field.geometry, geometry.kv_len), far_field.bound, call).mass
     lower = xp.where(dropped, scores.lower, -math.inf)
-    log_k = _kept(xp, rows, geometry, lse)
     log_z = xp.logaddexp(log_k, xp.logsumexp(lower, -1))[..., None] - (lower.shape[-1] + 16) * UNIT
     upper, expanded, lower = (xp.exp(x - log_z) for x in (xp.where(dropped, scores.upper, -math.inf), mass, lower))
     distance = _distance(xp, geometry.value_mean, made, rows, xp.itemsize(call.query.dtype) >= 4)
