@@ -254,9 +254,7 @@ def count_tokens(call: Call, selection: Selection) -> tuple[Array, Array]:
     kept, visible = 0, 0
     for start, stop in call.chunks():
         rows = call.rows(start, stop)
-        chosen = selection.rows(start, stop, call.query)
-        if chosen.shape[1] not in (1, heads):
-            chosen = xp.repeat_each(chosen, heads // chosen.shape[1], 1)
+        chosen = call.kept(selection, start, stop)
         # what all heads or sequences have in common is counted once and spread out afterwards
         visible = visible + xp.total(xp.total(rows.visible, -1, xp.int64), -1)
         kept = kept + xp.total(xp.total(rows.visible & chosen, -1, xp.int64), -1)

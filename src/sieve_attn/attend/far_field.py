@@ -50,8 +50,6 @@ def dropped_whole(rows: Rows, kept: Array, geometry: Geometry) -> Array:
     """[batch, q_heads, rows, blocks]: blocks that a query sees whole and keeps nothing of."""
     xp = arrays.namespace(rows.query)
     group = rows.query.shape[1]
-    if kept.shape[1] not in (1, group):
-        kept = xp.repeat_each(kept, group // kept.shape[1], 1)
     some = xp.any_(split_blocks(kept & rows.visible, geometry.block_size, False), -1)
     count = xp.repeat_each(geometry.count, group // geometry.count.shape[1], 1)[:, :, None, :]
     return (visible_count(rows, geometry.block_size) == count) & (count > 0) & ~some

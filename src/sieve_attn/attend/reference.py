@@ -35,7 +35,7 @@ def attend(call: Call, selection: Selection, far_field: FarField | None = None) 
     outputs, sums = [], []
     for start, stop in call.chunks():
         rows = call.rows(start, stop, call.kv_stop(stop))
-        kept = selection.rows(start, stop, call.query)[..., : rows.visible.shape[-1]]
+        kept = call.kept(selection, start, stop, rows.visible.shape[-1])
         out, lse = attend_rows(*_only_kept(rows, call.compute("value"), kept))
         if far_field is not None:
             out, lse = far.add_far_field(rows, kept, out, lse, far_field, call)
@@ -47,9 +47,7 @@ def attend(call: Call, selection: Selection, far_field: FarField | None = None) 
 def _only_kept(rows: Rows, value: Array, kept: Array) -> tuple[Rows, Array, Array]:
     """The chunk without the keys that none of its rows keeps: they are never read."""
     xp = arrays.namespace(rows.query)
-    heads = max(kept.shape[1], rows.visible.shape[1])
-    each = kept if kept.shape[1] in (1, heads) else xp.repeat_each(kept, heads // kept.shape[1], 1)
-    used = xp.any_((each & rows.visible).reshape(-1, kept.shape[-1]), 0)
+    used = xp.any_((kept & rows.visible).reshape(-1, kept.shape[-1]), 0)
     # a chunk that keeps nothing reads one key, and hides it
     column = xp.nonzero(used)[0] if bool(used.any()) else xp.arange(0, 1, kept)
     if 2 * column.shape[0] > kept.shape[-1]:
@@ -65,8 +63,6 @@ def _masked_logits(rows: Rows, kept: Array) -> tuple[Array, Array]:
     batch, heads, n, dim = rows.query.shape
     logits = rows.query.reshape(batch, rows.key.shape[1], -1, dim) @ xp.transpose_last(rows.key)
     capped = soft_cap(xp, logits.reshape(batch, heads, n, -1) * rows.scale, rows.softcap)
-    if kept.shape[1] not in (1, heads):
-        kept = xp.repeat_each(kept, heads // kept.shape[1], 1)
     return capped, xp.where(kept & rows.visible, capped if rows.bias is None else capped + rows.bias, -math.inf)
 
 
@@ -111,7 +107,7 @@ def backward(
     for start, stop in call.chunks():
         rows = call.rows(start, stop, call.kv_stop(stop))
         seen = rows.visible.shape[-1]
-        kept = selection.rows(start, stop, call.query)[..., :seen]
+        kept = call.kept(selection, start, stop, seen)
         value = call.compute("value")[:, :, :seen]
         out, lse = attend_rows(rows, value, kept)
         d_out = xp.cast(grad_output[:, :, start:stop], dtype)

@@ -58,10 +58,7 @@ def key_meter(
         for start, stop in call.chunks():
             seen = call.kv_stop(stop, geometry.block_size)
             rows, part = call.rows(start, stop, seen), front(geometry, seen)
-            kept = selection.rows(start, stop, call.query)[..., :seen]
-            heads = rows.query.shape[1]
-            if kept.shape[1] not in (1, heads):
-                kept = xp.repeat_each(kept, heads // kept.shape[1], 1)
+            kept = call.kept(selection, start, stop, seen)
             log_b = xp.cast(xp.where(kept, -math.inf, scorer.key_upper(rows, part)), xp.float64)
             top = xp.amax(log_b, -1)[..., None]
             top = xp.where(xp.isfinite(top), top, 0.0)
@@ -123,8 +120,8 @@ def row_audit(call: Call, selection: Selection, *, rows: int = 64, alpha: float 
     with xp.no_grad():
         for b, h, i in picked:
             chunk = call.rows(i, i + 1)
-            kept = selection.rows(i, i + 1, call.query)
-            kept = kept[b % kept.shape[0], h * kept.shape[1] // heads, 0]
+            kept = call.kept(selection, i, i + 1)
+            kept = kept[b % kept.shape[0], h % kept.shape[1], 0]
             logits = exact_logits(chunk)[b, h, 0]
             every = xp.logsumexp(logits, -1)
             if call.sink is not None:

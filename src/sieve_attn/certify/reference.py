@@ -44,7 +44,7 @@ def certify(
         for start, stop in call.chunks():
             seen = call.kv_stop(stop, geometry.block_size)
             rows, part = call.rows(start, stop, seen), front(geometry, seen)
-            kept = selection.rows(start, stop, call.query)[..., :seen]
+            kept = call.kept(selection, start, stop, seen)
             log_k = _kept(xp, rows, part, lse[:, :, start:stop], rounding)
             delta, dropped, scores = _dropped(xp, rows, part, bound, kept, log_k)
             masses.append(xp.cast(delta, xp.float32))
@@ -76,9 +76,6 @@ def _dropped(xp, rows: Rows, geometry: Geometry, bound: Bound, kept: Array, log_
     """``(delta, dropped blocks, scores)`` of one chunk."""
     size = geometry.block_size
     scores = bound.score(rows, geometry, brackets=True)
-    heads = rows.query.shape[1]
-    if kept.shape[1] not in (1, heads):
-        kept = xp.repeat_each(kept, heads // kept.shape[1], 1)
     left = xp.any_(split_blocks(rows.visible & ~kept, size, False), -1)
     dropped = xp.broadcast_to(left, scores.upper.shape)
     log_p = xp.logsumexp(xp.where(dropped, scores.upper, -math.inf), -1)
@@ -136,10 +133,7 @@ def true_dropped_mass(call: Call, selection: Selection) -> Float[Array, "batch q
     with xp.no_grad():
         for start, stop in call.chunks():
             rows = call.rows(start, stop)
-            kept = selection.rows(start, stop, call.query)
-            heads = rows.query.shape[1]
-            if kept.shape[1] not in (1, heads):
-                kept = xp.repeat_each(kept, heads // kept.shape[1], 1)
+            kept = call.kept(selection, start, stop)
             logits = exact_logits(rows)
             every = xp.logsumexp(logits, -1)
             if rows.sink is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sieve_attn import arrays
 from sieve_attn.types.rows import Rows
+from sieve_attn.types.selection import Selection
 
 Array = Any
 
@@ -73,6 +74,14 @@ class Call:
         if name not in self.shared:
             self.shared[name] = xp.cast(getattr(self, name), xp.compute_dtype(self.query))
         return self.shared[name]
+
+    def kept(self, selection: Selection, start: int, stop: int, kv_stop: int | None = None) -> Array:
+        """[batch | 1, q_heads | 1, stop - start, kv_stop] bool: what ``selection`` keeps, a group's choice for all its heads."""
+        chosen = selection.rows(start, stop, self.query)[..., :kv_stop]
+        heads = self.query.shape[1]
+        if chosen.shape[1] in (1, heads):
+            return chosen
+        return arrays.namespace(chosen).repeat_each(chosen, heads // chosen.shape[1], 1)
 
     def rows(self, start: int, stop: int, kv_stop: int | None = None) -> Rows:
         """Queries ``start..stop`` with what they see of the first ``kv_stop`` keys."""
