@@ -190,3 +190,17 @@ def test_files_stay_short_and_say_what_they_are(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 500
     assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+
+
+def test_a_missing_framework_is_named_with_its_remedy():
+    program = (
+        "import sys; sys.modules['torch'] = None; import sieve_attn\n"
+        "try: sieve_attn.LLM\n"
+        "except ModuleNotFoundError as e: print(e)\n"
+        "from sieve_attn.cli import main; sys.argv = ['sieve', 'generate', '--prompt', 'hi']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "`sieve_attn.LLM` needs torch, which is not installed; install it with `pip install 'sieve-attn[hf]'`" in done.stdout
+    assert "this command needs torch" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2

@@ -30,11 +30,23 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 
+_EXTRAS = {"torch": "torch", "transformers": "hf", "safetensors": "hf", "hypothesis": "dev", "pytest": "dev"}
+
+
 def __getattr__(name):
-    if name in _NAMES:
-        return getattr(import_module(_NAMES[name]), name)
-    if name in _MODULES:
-        return import_module(f"sieve_attn.{name}")
+    try:
+        if name in _NAMES:
+            return getattr(import_module(_NAMES[name]), name)
+        if name in _MODULES:
+            return import_module(f"sieve_attn.{name}")
+    except ModuleNotFoundError as missing:
+        if missing.name not in _EXTRAS:
+            raise
+        models = _NAMES.get(name, f"sieve_attn.{name}") in ("sieve_attn.llm", "sieve_attn.transformers", "sieve_attn.evaluation")
+        remedy = f"install it with `pip install 'sieve-attn[{'hf' if models else _EXTRAS[missing.name]}]'`"
+        raise ModuleNotFoundError(
+            f"`sieve_attn.{name}` needs {missing.name}, which is not installed; {remedy}", name=missing.name
+        ) from None
     raise AttributeError(f"module 'sieve_attn' has no attribute {name!r}; it offers {', '.join(__all__)}")
 
 

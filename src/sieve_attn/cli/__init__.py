@@ -18,4 +18,12 @@ app.command("doctor")(doctor.doctor)
 
 def main() -> None:
     """The entry point of ``sieve``."""
-    app()
+    try:
+        app()
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("torch", "transformers", "safetensors"):
+            raise
+        typer.echo(
+            f"this command needs {missing.name}, which is not installed; install it with `pip install 'sieve-attn[hf]'`", err=True
+        )
+        raise SystemExit(2) from None
