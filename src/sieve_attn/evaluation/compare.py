@@ -239,7 +239,11 @@ def _layers(prefilled: list, decoded: list, measured: list, tell: Progress) -> l
     return made
 
 
-_MEASURED = (lambda r: r.certificate.dropped_mass, lambda r: r.true_dropped_mass, lambda r: r.output_error)
+_MEASURED = (
+    lambda r: r.certificate.dropped_mass,
+    lambda r: r.true_dropped_mass,
+    lambda r: r.output_error / r.output_norm.clamp(min=torch.finfo(torch.float32).tiny),
+)
 
 
 def _flat(records: list, how: Callable[[Any], Any]) -> np.ndarray:

@@ -118,7 +118,7 @@ class Comparison:
     fallbacks: dict[str, int]
     requested_sparsity: float | None
     environment: dict[str, str]
-    error_unit: str = "absolute, in the units of the values"
+    error_unit: str = "a share of the dense output's norm"
 
     @property
     def density(self) -> float:

@@ -26,6 +26,7 @@ class Record:
     certificate: Certificate | None = None
     true_dropped_mass: Tensor | None = None  # [batch, q_heads, q_len]
     output_error: Tensor | None = None  # [batch, q_heads, q_len] ||dense output - sparse output||, the rounding of both included
+    output_norm: Tensor | None = None  # [batch, q_heads, q_len] ||dense output||
 
 
 @dataclass(eq=False)
@@ -41,19 +42,19 @@ class Capture:
         """Collect one call; nothing collected holds on to its queries and keys."""
         certificate = report.certificate if self.certificates else None
         lost = true_dropped_mass(call, report.selection) if self.truth else None
-        error = _output_error(call, output, backend) if self.truth else None
+        error, norm = _output_error(call, output, backend) if self.truth else (None, None)
         kept = replace(
             report,
             certify=None if certificate is None else lambda: certificate,
             selection=report.selection if self.keep_selection else None,
         )
-        record = Record(layer, phase, call.q_len, call.kv_len, kept, certificate, lost, error)
+        record = Record(layer, phase, call.q_len, call.kv_len, kept, certificate, lost, error, norm)
         self.records.append(record)
         return record
 
 
 @torch.no_grad()
-def _output_error(call: Call, output: Tensor, backend: str) -> Tensor:
+def _output_error(call: Call, output: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     options = {name: getattr(call, name) for name in _OPTIONS}
     dense = pipeline.attention(call.query, call.key, call.value, backend=backend, **options)
-    return torch.linalg.vector_norm(dense.float() - output.float(), dim=-1)
+    return torch.linalg.vector_norm(dense.float() - output.float(), dim=-1), torch.linalg.vector_norm(dense.float(), dim=-1)
