@@ -55,20 +55,23 @@ def recall(
 ) -> list[Recall]:
     """Answers that come out whole (every byte the model's first choice, the bytes before it given), dense and by policy.
 
-    ``phase="decode"``: the prompt is read densely and only the answer's own steps are sparse, one query a tile.
-    ``phase="prefill"``: prompt and answer are read sparsely in one go, tile by tile. Returns dense first, then each policy.
+    ``phase="decode"``: the prompt is read densely, then every step of the answer attends by the policy, one query a tile.
+    ``phase="prefill"``: the prompt is read by the policy too, tile by tile, as ``generate`` does; the density is the prompt's.
+    Returns dense first, then each policy.
     """
     if phase not in ("decode", "prefill"):
         raise error("phase", "must be 'decode' or 'prefill'", repr(phase), "see the docstring")
-    served = {name: _Sparse(replace(p, query_tile=1, query_stride=1) if phase == "decode" else p) for name, p in policies.items()}
-    right = dict.fromkeys(["dense", *served], 0)
+    prompts = {name: _Sparse(p) if phase == "prefill" else dense for name, p in policies.items()}
+    steps = {name: _Sparse(replace(p, query_tile=1, query_stride=1)) for name, p in policies.items()}
+    right = dict.fromkeys(["dense", *policies], 0)
     for example in examples:
         tokens = _ids(tokenizer, example.prompt + example.answer)
         answer = len(_ids(tokenizer, example.answer)[0])
-        for name, attend in {"dense": dense, **served}.items():
-            right[name] += _answers(model, tokens, answer, attend, phase)
+        for name in right:
+            right[name] += _answers(model, tokens, answer, prompts.get(name, dense), steps.get(name, dense), phase)
+    counted = prompts if phase == "prefill" else steps
     results = [Recall("dense", right["dense"], len(examples), 1.0)]
-    return results + [Recall(n, right[n], len(examples), s.kept / max(s.visible, 1.0)) for n, s in served.items()]
+    return results + [Recall(n, right[n], len(examples), c.kept / max(c.visible, 1.0)) for n, c in counted.items()]
 
 
 def _ids(tokenizer: Any, text: str) -> Tensor:
@@ -78,17 +81,19 @@ def _ids(tokenizer: Any, text: str) -> Tensor:
 _PROMPTS: dict[int, tuple[Tensor, DynamicCache]] = {}
 
 
-def _answers(model: Any, tokens: Tensor, answer: int, attend: Any, phase: str) -> bool:
+def _answers(model: Any, tokens: Tensor, answer: int, read: Any, step: Any, phase: str) -> bool:
     """Whether the model's first choice is right at every byte of the answer."""
-    start = tokens.shape[1] - answer - 1
-    if phase == "prefill":
-        with attending_with(model, attend):
-            logits = model(tokens[:, :-1], use_cache=False, logits_to_keep=answer).logits
+    # a dense prompt ends before its last byte, so that this byte's step is the policy's as well
+    start = tokens.shape[1] - answer - (phase == "decode")
+    if phase == "decode":
+        cache, first = copy.deepcopy(_read_prompt(model, tokens[:, :start])), tokens[0, :0]
     else:
-        cache = copy.deepcopy(_read_prompt(model, tokens[:, :start]))
-        with attending_with(model, attend):
-            logits = model(tokens[:, start:-1], past_key_values=cache, logits_to_keep=answer).logits
-    return bool((logits[0].argmax(-1) == tokens[0, start + 1 :]).all())
+        cache = DynamicCache()
+        with attending_with(model, read):
+            first = model(tokens[:, :start], past_key_values=cache, logits_to_keep=1).logits[0].argmax(-1)
+    with attending_with(model, step):
+        rest = model(tokens[:, start:-1], past_key_values=cache).logits[0].argmax(-1)
+    return bool((torch.cat([first, rest]) == tokens[0, -answer:]).all())
 
 
 def _read_prompt(model: Any, prompt: Tensor) -> DynamicCache:
