@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sieve_attn import attend, attention, dispatch
+from sieve_attn import attend, attention, dispatch, native
 from sieve_attn.testing import BackendContract, assert_close
 from sieve_attn.testing.contracts import BACKEND_CASES
 
@@ -13,6 +13,18 @@ REQUEST = dispatch.Request("torch", "cpu", "float32", 64, 64)
 
 class TestReference(BackendContract):
     backend = "reference"
+
+
+@pytest.mark.skipif(bool(native.missing()), reason="pure-Python installation")
+class TestNative(BackendContract):
+    backend = "native"
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+
+    @pytest.fixture(autouse=True, params=native.module().levels() if not native.missing() else [])
+    def each_level(self, request):
+        native.module().force_level(request.param)
+        yield
+        native.module().force_level("")
 
 
 @pytest.mark.parametrize("name", BACKEND_CASES)

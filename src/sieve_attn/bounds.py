@@ -23,6 +23,7 @@ class Rounding:
 
     unit: float = UNIT  # 2^-22 for sums on tensor cores
     rounded_probabilities: bool = False  # probabilities are rounded to bf16 before they are summed
+    exponential: float = 0.0  # relative error of exp itself, where it is more than a few units
 
 
 FP32 = Rounding()
@@ -148,6 +149,7 @@ def kept_mass(xp: Any, lse: Array, *, margin: Array, additions: int, tiles: int 
     """
     size = xp.where(xp.isfinite(lse), abs(lse), 0.0)
     loss = (additions + 4 * tiles + 16) * rounding.unit + (2.0**-8 if rounding.rounded_probabilities else 0.0)
+    loss = loss + rounding.exponential
     return lse - margin - 4 * rounding.unit * size - loss
 
 

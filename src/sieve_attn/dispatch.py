@@ -26,6 +26,7 @@ class Request:
     head_dim: int
     value_dim: int
     far_field: bool = False
+    kinds: tuple[str, ...] = ()  # what the selection is made of: Blocks, Ranges, Offsets, Tokens
 
 
 def why_not(name: str, request: Request) -> tuple[str, ...]:

@@ -78,7 +78,11 @@ def attention(
         return compiled(query, key, value, policy.text, geometry=geometry, selection=selection, **options)
     query, key, value = _front_end(query, key, value)
     call = _call(query, key, value, **options)
-    name, why = dispatch.choose(backend, _request(call, policy))
+    if selection is None and not policy.chooses_blocks and policy.keep is not None and call.kv_len >= policy.min_seq_length:
+        selection = policy.keep.selection(call.q_len, call.kv_len, causal=causal)
+    elif selection is not None:
+        checks.selection_fits(selection, query, key)
+    name, why = dispatch.choose(backend, _request(call, policy, selection))
     seconds, clock = {}, perf_counter()
     fallbacks: tuple[Fallback, ...] = ()
     geometry_from = "given" if geometry is not None else "keys"
@@ -86,13 +90,13 @@ def attention(
     expands = policy.far_field and (selection is not None or call.kv_len >= policy.min_seq_length)
 
     if selection is not None:
-        checks.selection_fits(selection, query, key)
+        pass
     elif call.kv_len < policy.min_seq_length:
         tiles = call.query.shape[0] * call.query.shape[1]
         fallbacks = (Fallback(f"kv_len {call.kv_len} is below min_seq_length {policy.min_seq_length}", tiles),)
         selection = _everything(call)
     elif not policy.chooses_blocks:
-        selection = _everything(call) if policy.keep is None else policy.keep.selection(call.q_len, call.kv_len, causal=causal)
+        selection = _everything(call)
     else:
         if geometry is None:
             geometry = stage_geometry.build(key, policy.block_size, policy.statistics, value=value, key_mask=key_mask)
@@ -153,7 +157,7 @@ def attend(
     query, key, value = _front_end(query, key, value)
     call = _call(query, key, value, dropout=0.0, **options)
     checks.selection_fits(selection, query, key)
-    return _attend(call, selection, dispatch.choose(backend, _request(call, Policy()))[0], None)
+    return _attend(call, selection, dispatch.choose(backend, _request(call, Policy(), selection))[0], None)
 
 
 def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = False):
@@ -299,8 +303,9 @@ def _call(query, key, value, *, scale, dropout, **options) -> Call:
     return Call(query, key, value, scale=scale or 1.0 / math.sqrt(query.shape[3]), **options)
 
 
-def _request(call: Call, policy: Policy) -> dispatch.Request:
+def _request(call: Call, policy: Policy, selection: Selection | None) -> dispatch.Request:
     framework = arrays.namespace(call.query).name
     device = str(getattr(call.query, "device", "cpu")).partition(":")[0]
+    kinds = selection.kinds if selection is not None else ("Blocks",) if policy.chooses_blocks else ("Ranges",)
     dims = (int(call.query.shape[3]), int(call.value.shape[3]))
-    return dispatch.Request(framework, device, str(call.query.dtype).rpartition(".")[2], *dims, policy.far_field)
+    return dispatch.Request(framework, device, str(call.query.dtype).rpartition(".")[2], *dims, policy.far_field, kinds)

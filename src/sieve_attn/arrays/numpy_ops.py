@@ -65,6 +65,14 @@ def zeros(shape, dtype, like):
     return np.zeros(shape, dtype)
 
 
+def empty(shape, dtype, like):
+    return np.empty(shape, dtype=dtype)
+
+
+def contiguous(x):
+    return np.ascontiguousarray(x)
+
+
 def full(shape, value, dtype, like):
     return np.full(shape, value, dtype)
 

@@ -58,6 +58,14 @@ def zeros(shape, dtype, like):
     return torch.zeros(shape, dtype=dtype, device=like.device)
 
 
+def empty(shape, dtype, like):
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def contiguous(x):
+    return x.contiguous()
+
+
 def full(shape, value, dtype, like):
     return torch.full(shape, value, dtype=dtype, device=like.device)
 

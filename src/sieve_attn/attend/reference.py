@@ -94,8 +94,13 @@ def backward(
     grad_output: Float[Array, "batch q_heads q_len v_dim"],
     grad_lse: Float[Array, "batch q_heads q_len"],
     far_field: FarField | None = None,
+    *,
+    output: Array | None = None,
+    lse: Array | None = None,
 ) -> dict[str, Array]:
     """Gradients of query, key and value, and of bias and sink where the call has them. The kept set is a constant.
+
+    ``output`` and ``lse`` are what the forward pass returned; backends that keep more precision compute them again.
 
     ``dV = P^T dO``; ``dS = P * (dO V^T - rowsum(dO * O) + dlse)``; ``dQ = scale dS' K``, ``dK = scale dS'^T Q`` with ``dS'`` the
     gradient before the cap; a sink logit has the value zero.

@@ -57,11 +57,12 @@ def _field(call: Call, block_size: int) -> far.FarField | None:
     return far.FarField(geometry, policies.FAR_FIELD_BOUND)
 
 
-def _backend(query: Tensor, value: Tensor, name: str) -> Any:
+def _backend(query: Tensor, value: Tensor, name: str, far_field: bool, selection: Selection) -> Any:
     """The module of a backend; a compiled call leaves ``auto`` to the moment it runs."""
     if name == "auto":
         dtype = str(query.dtype).removeprefix("torch.")
-        name = dispatch.choose(name, dispatch.Request("torch", query.device.type, dtype, query.shape[3], value.shape[3]))[0]
+        dims = (query.shape[3], value.shape[3])
+        name = dispatch.choose(name, dispatch.Request("torch", query.device.type, dtype, *dims, far_field, selection.kinds))[0]
     return dispatch.module(name)
 
 
@@ -72,20 +73,24 @@ def attend_op(
     parts: list[Tensor], spec: str, backend: str, far_block: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _call(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window)
+    selection = unpack(parts, spec)
     with torch_ops.no_grad():
-        return _backend(query, value, backend).attend(call, unpack(parts, spec), _field(call, far_block))
+        return _backend(query, value, backend, far_block > 0, selection).attend(call, selection, _field(call, far_block))
 
 
 @torch.library.custom_op("sieve_attn::attend_backward", mutates_args=())
 def backward_op(
-    grad_output: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+    grad_output: Tensor, grad_lse: Tensor, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     key_mask: Tensor | None, bias: Tensor | None, cu_seqlens: Tensor | None, sink: Tensor | None, causal: bool, scale: float,
     softcap: float | None, window: int | None, parts: list[Tensor], spec: str, backend: str, far_block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, value, bias and sink (empty where absent)."""
     call = _call(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window)
+    selection = unpack(parts, spec)
     with torch_ops.no_grad():
-        made = _backend(query, value, backend).backward(call, unpack(parts, spec), grad_output, grad_lse, _field(call, far_block))
+        made = _backend(query, value, backend, far_block > 0, selection).backward(
+            call, selection, grad_output, grad_lse, _field(call, far_block), output=output, lse=lse
+        )
     return tuple(made[n] if n in made else query.new_empty(0) for n in ("query", "key", "value", "bias", "sink"))
 
 
@@ -97,6 +102,8 @@ def _like(x: Tensor | None, query: Tensor) -> Tensor:
 def _(
     grad_output,
     grad_lse,
+    output,
+    lse,
     query,
     key,
     value,
@@ -128,23 +135,25 @@ def _(query, key, value, *rest):
     return _empty_output(query, value)
 
 
-def _save(ctx: Any, inputs: tuple, parts: list[Tensor], spec: str, backend: str, far_block: int) -> None:
+def _save(ctx: Any, inputs: tuple, made: tuple, parts: list[Tensor], spec: str, backend: str, far_block: int) -> None:
     query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window = inputs
     optional = [mask, key_mask, bias, cu_seqlens, sink]
     ctx.present = [x is not None for x in optional]
-    ctx.save_for_backward(query, key, value, *(x for x in optional if x is not None), *parts)
+    ctx.save_for_backward(*made[:2], query, key, value, *(x for x in optional if x is not None), *parts)
     ctx.plain = (causal, scale, softcap, window)
     ctx.selection = (spec, backend, far_block)
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple:
-    query, key, value, *rest = ctx.saved_tensors
+    output, lse, query, key, value, *rest = ctx.saved_tensors
     rest = list(rest)
     mask, key_mask, bias, cu_seqlens, sink = (rest.pop(0) if there else None for there in ctx.present)
     spec, backend, far_block = ctx.selection
     grads = backward_op(
         grad_output,
         grad_lse,
+        output,
+        lse,
         query,
         key,
         value,
@@ -165,12 +174,12 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> 
 
 def _setup_attend(ctx, inputs, output):
     *tensors, parts, spec, backend, far_block = inputs
-    _save(ctx, tuple(tensors), parts, spec, backend, far_block)
+    _save(ctx, tuple(tensors), output, parts, spec, backend, far_block)
 
 
 def _backward_attend(ctx, grad_output, grad_lse):
     # a selection's own tensors are indices: no gradient, one None for each
-    count = len(ctx.saved_tensors) - 3 - sum(ctx.present)
+    count = len(ctx.saved_tensors) - 5 - sum(ctx.present)
     return (*_backward(ctx, grad_output, grad_lse), [None] * count, None, None, None)
 
 
@@ -255,9 +264,10 @@ def _setup_attention(ctx, inputs, output):
         spec = repr([("Blocks", {n: int(v) for n, v in grid.items()}, places)])
     scale = query.shape[3] ** -0.5 if scale is None else scale
     dtype = str(query.dtype).removeprefix("torch.")
-    request = dispatch.Request("torch", query.device.type, dtype, query.shape[3], value.shape[3], chosen.far_field)
+    kinds = tuple(kind for kind, _, _ in ast.literal_eval(spec))
+    request = dispatch.Request("torch", query.device.type, dtype, query.shape[3], value.shape[3], chosen.far_field, kinds)
     far_block = chosen.block_size if chosen.far_field and grid else 0
-    _save(ctx, (*tensors, causal, scale, softcap, window), parts, spec, dispatch.choose(backend, request)[0], far_block)
+    _save(ctx, (*tensors, causal, scale, softcap, window), output, parts, spec, dispatch.choose(backend, request)[0], far_block)
     ctx.mark_non_differentiable(*output[2:])
 
 

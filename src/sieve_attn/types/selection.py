@@ -198,6 +198,11 @@ class Selection:
         return self.parts[0].kv_len
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """What the parts are."""
+        return tuple(type(part).__name__ for part in self.parts)
+
+    @property
     def blocks(self) -> Blocks | None:
         """The block part, where there is one."""
         return next((part for part in self.parts if isinstance(part, Blocks)), None)

@@ -1,0 +1,269 @@
+// Forward and backward of the attend stage: packs keys and values of a few heads at a time, then hands tiles to threads.
+#include "attend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "buffer.h"
+#include "level.h"
+#include "parallel.h"
+#include "plan.h"
+
+namespace sieve {
+
+namespace {
+
+constexpr int64_t PACKED_BYTES = int64_t{1} << 27;  // packed heads that are held at a time
+constexpr int64_t PACK_STEP = 64;                   // panels that one thread packs at a time
+
+// Whether fp32 values can be read where they lie.
+bool rows_in_place(const View& v) { return v.dtype == F32 && v.stride[3] == 1 && v.shape[3] % PANEL_KEYS == 0; }
+
+struct Packed {
+  Buffer<char> keys, values;
+  int64_t key_bytes = 0, value_bytes = 0;  // of one head
+};
+
+// What a thread needs for one tile.
+struct Workspace {
+  Workspace(const Attention& a, bool bf16, int64_t scratch_bytes) : scratch(scratch_bytes) {
+    const int64_t d = a.k.shape[3], dv = up(a.v.shape[3], 16);
+    q = Buffer<char>(MAX_ROWS * up(d, 32) * (bf16 ? 2 : 4));
+    o = Buffer<float>(MAX_ROWS * dv);
+  }
+  Buffer<char> q;
+  Buffer<float> o;
+  Buffer<char> scratch;
+  float m[MAX_ROWS], l[MAX_ROWS];
+  Panels list;
+  Plan::Sight sight;
+  std::vector<Row> rows;
+};
+
+void pack(const Attention& a, const Plan& plan, const Kernels& k, bool bf16, bool in_place, int64_t first_head, int64_t heads,
+          Packed& out) {
+  const int64_t steps = (plan.key_panels + PACK_STEP - 1) / PACK_STEP;
+  std::vector<std::vector<uint8_t>> used(heads);
+  parallel_for(heads, a.threads, [&](int64_t i, int) {
+    plan.used((first_head + i) / plan.kv_heads, (first_head + i) % plan.kv_heads, used[i]);
+  });
+  const int64_t wide_v = up(a.v.shape[3], 16), wide_d = bf16 ? up(a.k.shape[3], 32) : a.k.shape[3];
+  parallel_for(heads * steps, a.threads, [&](int64_t item, int) {
+    const int64_t i = item / steps, b = (first_head + i) / plan.kv_heads, h = (first_head + i) % plan.kv_heads;
+    char* keys = out.keys.get() + i * out.key_bytes;
+    char* values = in_place ? nullptr : out.values.get() + i * out.value_bytes;
+    const int64_t end = std::min(plan.key_panels, (item % steps + 1) * PACK_STEP);
+    for (int64_t p = item % steps * PACK_STEP; p < end; p += 2) {  // values of bf16 come in pairs of panels
+      const int64_t stop = std::min(plan.key_panels, p + 2);
+      const bool one = used[i][p], two = p + 1 < stop && used[i][p + 1];
+      if (!one && !two) continue;
+      const int64_t from = one ? p : p + 1, to = two ? p + 2 : p + 1;
+      if (bf16) {
+        k.pack_keys_bf16(a.k, b, h, from, to, reinterpret_cast<uint16_t*>(keys) + from * PANEL_KEYS * wide_d);
+        k.pack_values_bf16(a.v, b, h, p, stop, reinterpret_cast<uint16_t*>(values) + p * PANEL_KEYS * wide_v);
+      } else {
+        k.pack_keys(a.k, b, h, from, to, reinterpret_cast<float*>(keys) + from * PANEL_KEYS * wide_d);
+        if (!in_place)
+          k.read_rows(a.v, b, h, from * PANEL_KEYS, std::min(plan.kv_len, to * PANEL_KEYS), wide_v, false,
+                      reinterpret_cast<float*>(values) + from * PANEL_KEYS * wide_v);
+      }
+    }
+  });
+}
+
+void pack_queries(const Attention& a, int64_t b, const std::vector<Row>& rows, bool bf16, int64_t wide, char* out) {
+  const Kernels& k = kernels();
+  const int64_t d = a.q.shape[3];
+  if (!bf16) {
+    for (size_t r = 0; r < rows.size(); ++r)
+      k.read_rows(a.q, b, rows[r].head, rows[r].query, rows[r].query + 1, wide, false, reinterpret_cast<float*>(out) + r * wide);
+    return;
+  }
+  uint16_t* to = reinterpret_cast<uint16_t*>(out);
+  const int64_t padded = up(static_cast<int64_t>(rows.size()), 16);
+  for (int64_t r = 0; r < padded; ++r, to += wide) {
+    int64_t c = 0;
+    if (r < static_cast<int64_t>(rows.size())) {
+      const char* from = at(a.q, b, rows[r].head, rows[r].query, 0);
+      for (; c < d; ++c) to[c] = *reinterpret_cast<const uint16_t*>(from + c * a.q.stride[3] * 2);
+    }
+    for (; c < wide; ++c) to[c] = 0;
+  }
+}
+
+// The rows of a unit in groups of at most MAX_ROWS: heads of a group side by side where they fit, long tiles cut.
+template <class Body>
+void each_group(const Plan& plan, int64_t head, int64_t t, std::vector<Row>& rows, const Body& body) {
+  int64_t first, last;
+  plan.queries(t, first, last);
+  const int64_t heads = plan.by_head ? 1 : plan.group, first_head = plan.by_head ? head : head * plan.group;
+  const int64_t n = last - first;
+  if (n <= 0) return;
+  const int64_t together = n >= MAX_ROWS ? 1 : std::min(heads, MAX_ROWS / n);
+  for (int64_t h = 0; h < heads; h += together)
+    for (int64_t from = first; from < last; from += MAX_ROWS) {
+      rows.clear();
+      for (int64_t g = h; g < std::min(heads, h + together); ++g)
+        for (int64_t i = from; i < std::min(last, from + MAX_ROWS); ++i) rows.push_back({first_head + g, i});
+      body();
+    }
+}
+
+}  // namespace
+
+void attend(const Attention& a, const View& out, float* lse) {
+  const Plan plan(a);
+  const Kernels& k = kernels();
+  const bool bf16 = k.bf16_tiles && a.q.dtype == BF16;
+  const bool in_place = !bf16 && rows_in_place(a.v);
+  const int64_t wide_v = up(a.v.shape[3], 16), wide_d = bf16 ? up(a.k.shape[3], 32) : a.k.shape[3];
+  const int64_t padded_panels = up(plan.key_panels, 2);
+  Packed packed;
+  packed.key_bytes = padded_panels * PANEL_KEYS * wide_d * (bf16 ? 2 : 4);
+  packed.value_bytes = in_place ? 0 : padded_panels * PANEL_KEYS * wide_v * (bf16 ? 2 : 4);
+  const int64_t key_heads = plan.batch * plan.kv_heads;
+  const int64_t at_once = std::clamp<int64_t>(PACKED_BYTES / std::max<int64_t>(packed.key_bytes + packed.value_bytes, 1), 1, key_heads);
+  packed.keys = Buffer<char>(at_once * packed.key_bytes);
+  packed.values = Buffer<char>(at_once * packed.value_bytes);
+  const int64_t scratch = k.tile_scratch(static_cast<int32_t>(a.k.shape[3]), static_cast<int32_t>(a.v.shape[3]), bf16);
+  std::vector<Workspace> spaces;
+  for (int i = 0; i < std::max(a.threads, 1); ++i) spaces.emplace_back(a, bf16, scratch);
+  const int64_t choosers = plan.by_head ? plan.group : 1;
+
+  for (int64_t first = 0; first < key_heads; first += at_once) {
+    const int64_t heads = std::min(at_once, key_heads - first);
+    pack(a, plan, k, bf16, in_place, first, heads, packed);
+    parallel_for(heads * choosers * plan.tiles, a.threads, [&](int64_t item, int thread) {
+      Workspace& w = spaces[thread];
+      const int64_t i = item / (choosers * plan.tiles), rest = item % (choosers * plan.tiles);
+      const int64_t b = (first + i) / plan.kv_heads, kv = (first + i) % plan.kv_heads;
+      const int64_t head = plan.by_head ? kv * plan.group + rest / plan.tiles : kv;
+      const int64_t t = plan.tiles - 1 - rest % plan.tiles;  // the long ones of a causal call first
+      plan.list(b, plan.by_head ? head : kv * plan.group, t, w.list);
+      Tile tile{};
+      tile.k = packed.keys.get() + i * packed.key_bytes;
+      tile.v = in_place ? at(a.v, b, kv, 0, 0) : packed.values.get() + i * packed.value_bytes;
+      tile.v_stride = in_place ? a.v.stride[2] : wide_v;
+      tile.q = w.q.get();
+      tile.o = w.o.get();
+      tile.m = w.m;
+      tile.l = w.l;
+      tile.scratch = w.scratch.get();
+      each_group(plan, head, t, w.rows, [&] {
+        plan.look(b, t * plan.tile - plan.lead, w.rows, w.list, w.sight, tile);
+        pack_queries(a, b, w.rows, bf16, wide_d, w.q.get());
+        tile.sanitize = false;
+        (bf16 ? k.attend_bf16 : k.attend)(tile);
+        if (!k.all_finite(tile.o, tile.rows * wide_v)) {
+          // a value that is not finite must reach only the rows that attend to it
+          tile.sanitize = true;
+          (bf16 ? k.attend_bf16 : k.attend)(tile);
+        }
+        for (int32_t r = 0; r < tile.rows; ++r) {
+          const Row& row = w.rows[r];
+          const float sink = a.sink ? a.sink[row.head] : -std::numeric_limits<float>::infinity();
+          lse[(b * plan.q_heads + row.head) * plan.q_len + row.query] =
+              k.finish_row(tile, r, sink, at(out, b, row.head, row.query, 0), out.stride[3], out.dtype);
+        }
+      });
+    });
+  }
+}
+
+void attend_backward(const Attention& a, const Gradients& g) {
+  const Plan plan(a);
+  const Kernels& k = kernels();
+  const int64_t d = a.k.shape[3], dv = a.v.shape[3], wide_d = up(d, 16), wide_v = up(dv, 16);
+  const int64_t key_heads = plan.batch * plan.kv_heads;
+  // how work is cut depends on shapes alone, so that gradients are the same on any number of threads
+  const int64_t parts = std::min<int64_t>(std::max<int64_t>(1, 4 / key_heads), plan.tiles);
+  // units that add to one bias entry take turns
+  const int64_t* along = g.d_bias.stride;
+  const bool shared_bias = g.d_bias.data && (along[0] == 0 || along[1] == 0 || along[2] == 0);
+  const int threads = shared_bias ? 1 : a.threads;
+  const int64_t scratch_bytes = k.gradient_scratch(static_cast<int32_t>(d), static_cast<int32_t>(dv));
+  const int64_t padded_keys = plan.key_panels * PANEL_KEYS;
+
+  struct Sums {
+    Buffer<float> dk, dv;
+  };
+  std::vector<Sums> sums(key_heads * parts);
+  parallel_for(key_heads * parts, threads, [&](int64_t item, int) {
+    const int64_t b = item / parts / plan.kv_heads, kv = item / parts % plan.kv_heads, part = item % parts;
+    Sums& total = sums[item];
+    total.dk = Buffer<float>(plan.kv_len * wide_d);
+    total.dv = Buffer<float>(plan.kv_len * wide_v);
+    std::fill_n(total.dk.get(), plan.kv_len * wide_d, 0.0f);
+    std::fill_n(total.dv.get(), plan.kv_len * wide_v, 0.0f);
+    Buffer<float> panels(padded_keys * d), rows(plan.kv_len * wide_d), values(padded_keys * dv), clean(plan.kv_len * wide_v);
+    k.pack_keys(a.k, b, kv, 0, plan.key_panels, panels.get());
+    k.read_rows(a.k, b, kv, 0, plan.kv_len, wide_d, true, rows.get());
+    k.read_rows(a.v, b, kv, 0, plan.kv_len, wide_v, true, clean.get());
+    const View clean_view{clean.get(), F32, {1, 1, plan.kv_len, dv}, {0, 0, wide_v, 1}};
+    k.pack_keys(clean_view, 0, 0, 0, plan.key_panels, values.get());
+
+    Buffer<char> scratch(scratch_bytes);
+    Buffer<float> q(MAX_ROWS * wide_d), q_clean(MAX_ROWS * wide_d), pull(MAX_ROWS * wide_v), dq(MAX_ROWS * wide_d);
+    float lse[MAX_ROWS], shift[MAX_ROWS];
+    std::vector<Row> group_rows;
+    std::vector<char*> bias_rows;
+    Panels list;
+    Plan::Sight sight;
+    const int64_t choosers = plan.by_head ? plan.group : 1;
+    for (int64_t chooser = 0; chooser < choosers; ++chooser)
+      for (int64_t t = part; t < plan.tiles; t += parts) {
+        const int64_t head = plan.by_head ? kv * plan.group + chooser : kv;
+        plan.list(b, plan.by_head ? head : kv * plan.group, t, list);
+        TileGradient x{};
+        x.tile.k = panels.get();
+        x.tile.q = q.get();
+        x.tile.scratch = scratch.get();
+        x.lse = lse;
+        x.shift = shift;
+        x.d_out = pull.get();
+        x.q_clean = q_clean.get();
+        x.k_rows = rows.get();
+        x.v_panels = values.get();
+        x.dq = dq.get();
+        x.dk = total.dk.get();
+        x.dv = total.dv.get();
+        x.d_bias_stride = g.d_bias.stride[3];
+        each_group(plan, head, t, group_rows, [&] {
+          plan.look(b, t * plan.tile - plan.lead, group_rows, list, sight, x.tile);
+          bias_rows.clear();
+          std::fill_n(dq.get(), MAX_ROWS * wide_d, 0.0f);
+          for (size_t r = 0; r < group_rows.size(); ++r) {
+            const auto [h, i] = group_rows[r];
+            k.read_rows(a.q, b, h, i, i + 1, wide_d, false, q.get() + r * wide_d);
+            k.read_rows(a.q, b, h, i, i + 1, wide_d, true, q_clean.get() + r * wide_d);
+            k.read_rows(g.d_out, b, h, i, i + 1, wide_v, false, pull.get() + r * wide_v);
+            const int64_t flat = (b * plan.q_heads + h) * plan.q_len + i;
+            lse[r] = g.lse[flat];
+            shift[r] = g.shift[flat];
+            if (g.d_bias.data) bias_rows.push_back(at(g.d_bias, b, h, i, 0));
+          }
+          x.d_bias_row = g.d_bias.data ? bias_rows.data() : nullptr;
+          k.gradient(x);
+          for (size_t r = 0; r < group_rows.size(); ++r) {
+            const auto [h, i] = group_rows[r];
+            k.write_row(dq.get() + r * wide_d, d, at(g.dq, b, h, i, 0), g.dq.stride[3], g.dq.dtype);
+          }
+        });
+      }
+  });
+  parallel_for(key_heads, threads, [&](int64_t item, int) {
+    const int64_t b = item / plan.kv_heads, kv = item % plan.kv_heads;
+    for (int64_t part = 1; part < parts; ++part) {
+      const Sums &from = sums[item * parts + part], &to = sums[item * parts];
+      for (int64_t i = 0; i < plan.kv_len * wide_d; ++i) to.dk[i] += from.dk[i];
+      for (int64_t i = 0; i < plan.kv_len * wide_v; ++i) to.dv[i] += from.dv[i];
+    }
+    for (int64_t j = 0; j < plan.kv_len; ++j) {
+      k.write_row(sums[item * parts].dk.get() + j * wide_d, d, at(g.dk, b, kv, j, 0), g.dk.stride[3], g.dk.dtype);
+      k.write_row(sums[item * parts].dv.get() + j * wide_v, dv, at(g.dv, b, kv, j, 0), g.dv.stride[3], g.dv.dtype);
+    }
+  });
+}
+
+}  // namespace sieve

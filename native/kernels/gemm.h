@@ -1,0 +1,129 @@
+// The two inner products of attention as outer-product loops; accumulators stay in registers.
+#pragma once
+#include "kernels/vec.h"
+
+namespace sieve {
+namespace SIEVE_LEVEL {
+
+#if defined(__AVX512F__)
+constexpr int GEMM_ROWS = 6, GEMM_PANELS = 4;
+#elif defined(__AVX2__)
+constexpr int GEMM_ROWS = 6, GEMM_PANELS = 1;
+#else
+constexpr int GEMM_ROWS = 2, GEMM_PANELS = 1;
+#endif
+constexpr int GEMM_VECS = GEMM_PANELS * PANEL_VECS;
+constexpr int GEMM_COLS = GEMM_VECS * LANES;
+
+// c[r][q * 16 + i] = sum_k a[r * rs + k] * panel[q][k * 16 + i]
+template <int R, int Q>
+static inline void panels_block(const float* a, int64_t rs, int n, const float* const* panel, float* c, int64_t ldc) {
+  constexpr int C = Q * PANEL_VECS;
+  vf acc[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) acc[r][j] = vf{};
+  for (int k = 0; k < n; ++k) {
+    vf b[C];
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) b[j] = load(panel[j / PANEL_VECS] + (int64_t)k * PANEL + j % PANEL_VECS * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const vf x = splat(a[r * rs + k]);
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) acc[r][j] += x * b[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) store(c + r * ldc + j * LANES, acc[r][j]);
+}
+
+// c[r][i] += sum_k a[r * rs + k * ks] * row[k][i]
+template <int R, int C>
+static inline void rows_block(const float* a, int64_t rs, int64_t ks, int n, const float* const* row, int64_t column, float* c,
+                              int64_t ldc) {
+  vf acc[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) acc[r][j] = load(c + r * ldc + j * LANES);
+  for (int k = 0; k < n; ++k) {
+    const float* at = row[k] + column;
+    vf b[C];
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) b[j] = load(at + j * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const vf x = splat(a[r * rs + k * ks]);
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) acc[r][j] += x * b[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) store(c + r * ldc + j * LANES, acc[r][j]);
+}
+
+template <int Q>
+static inline void panels_rows(const float* a, int64_t rs, int rows, int n, const float* const* panel, float* c, int64_t ldc) {
+  int r = 0;
+  for (; r + GEMM_ROWS <= rows; r += GEMM_ROWS) panels_block<GEMM_ROWS, Q>(a + r * rs, rs, n, panel, c + r * ldc, ldc);
+  if constexpr (GEMM_ROWS > 4)
+    if (r + 4 <= rows) {
+      panels_block<4, Q>(a + r * rs, rs, n, panel, c + r * ldc, ldc);
+      r += 4;
+    }
+  if constexpr (GEMM_ROWS > 2)
+    if (r + 2 <= rows) {
+      panels_block<2, Q>(a + r * rs, rs, n, panel, c + r * ldc, ldc);
+      r += 2;
+    }
+  for (; r < rows; ++r) panels_block<1, Q>(a + r * rs, rs, n, panel, c + r * ldc, ldc);
+}
+
+// c [rows][panels * 16] = a [rows][n] times packed panels [n][16]
+static inline void times_panels(const float* a, int64_t rs, int rows, int n, const float* const* panel, int panels, float* c,
+                                int64_t ldc) {
+  int q = 0;
+  for (; q + GEMM_PANELS <= panels; q += GEMM_PANELS) panels_rows<GEMM_PANELS>(a, rs, rows, n, panel + q, c + q * PANEL, ldc);
+  if constexpr (GEMM_PANELS > 2)
+    if (q + 2 <= panels) {
+      panels_rows<2>(a, rs, rows, n, panel + q, c + q * PANEL, ldc);
+      q += 2;
+    }
+  for (; q < panels; ++q) panels_rows<1>(a, rs, rows, n, panel + q, c + q * PANEL, ldc);
+}
+
+template <int C>
+static inline void rows_columns(const float* a, int64_t rs, int64_t ks, int rows, int n, const float* const* row, int64_t column,
+                                float* c, int64_t ldc) {
+  int r = 0;
+  for (; r + GEMM_ROWS <= rows; r += GEMM_ROWS)
+    rows_block<GEMM_ROWS, C>(a + r * rs, rs, ks, n, row, column, c + r * ldc + column, ldc);
+  if constexpr (GEMM_ROWS > 4)
+    if (r + 4 <= rows) {
+      rows_block<4, C>(a + r * rs, rs, ks, n, row, column, c + r * ldc + column, ldc);
+      r += 4;
+    }
+  if constexpr (GEMM_ROWS > 2)
+    if (r + 2 <= rows) {
+      rows_block<2, C>(a + r * rs, rs, ks, n, row, column, c + r * ldc + column, ldc);
+      r += 2;
+    }
+  for (; r < rows; ++r) rows_block<1, C>(a + r * rs, rs, ks, n, row, column, c + r * ldc + column, ldc);
+}
+
+// c [rows][columns] += a times rows of numbers; `columns` is a multiple of 16, a(r, k) = a[r * rs + k * ks]
+static inline void times_rows(const float* a, int64_t rs, int64_t ks, int rows, int n, const float* const* row, int columns,
+                              float* c, int64_t ldc) {
+  int64_t j = 0;
+  for (; j + GEMM_COLS <= columns; j += GEMM_COLS) rows_columns<GEMM_VECS>(a, rs, ks, rows, n, row, j, c, ldc);
+  for (; j + PANEL <= columns; j += PANEL) rows_columns<PANEL_VECS>(a, rs, ks, rows, n, row, j, c, ldc);
+}
+
+}  // namespace SIEVE_LEVEL
+}  // namespace sieve

@@ -1,0 +1,136 @@
+// Copies of keys and values in the layouts that the inner loops read.
+#include "kernels/functions.h"
+#include "kernels/vec.h"
+
+namespace sieve {
+namespace SIEVE_LEVEL {
+
+void read_rows(const View& x, int64_t b, int64_t h, int64_t first, int64_t last, int64_t padded, bool clean, float* out) {
+  const int n = (int)x.shape[3];
+  for (int64_t i = first; i < last; ++i, out += padded) {
+    read_row(at(x, b, h, i, 0), x.stride[3], x.dtype, n, (int)padded, out);
+    if (clean)
+      for (int d = 0; d < n; ++d) out[d] = out[d] - out[d] == 0.0f ? out[d] : 0.0f;
+  }
+}
+
+void put_row(const float* x, int64_t n, void* out, int64_t stride, DType dtype) { write_row(x, (int)n, out, stride, dtype); }
+
+#if defined(__AVX512F__)
+// 16 rows of 16 floats, transposed in registers
+static inline void transpose16(__m512 r[16]) {
+  __m512 t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i + j]), _mm512_castps_pd(t[i + 2 + j])));
+      r[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i + j]), _mm512_castps_pd(t[i + 2 + j])));
+    }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    t[j] = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88);
+    t[4 + j] = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
+    t[8 + j] = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
+    t[12 + j] = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    r[j] = _mm512_shuffle_f32x4(t[j], t[8 + j], 0x88);
+    r[8 + j] = _mm512_shuffle_f32x4(t[j], t[8 + j], 0xdd);
+    r[4 + j] = _mm512_shuffle_f32x4(t[4 + j], t[12 + j], 0x88);
+    r[12 + j] = _mm512_shuffle_f32x4(t[4 + j], t[12 + j], 0xdd);
+  }
+}
+#endif
+
+void pack_keys(const View& k, int64_t b, int64_t h, int64_t first, int64_t last, float* out) {
+  const int d = (int)k.shape[3];
+  for (int64_t p = first; p < last; ++p, out += (int64_t)d * PANEL) {
+    const int64_t base = p * PANEL;
+    const int there = (int)(k.shape[2] - base < PANEL ? k.shape[2] - base : PANEL);
+    int c = 0;
+#if defined(__AVX512F__)
+    if (there == PANEL && k.stride[3] == 1) {
+      for (; c + 16 <= d; c += 16) {
+        __m512 r[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) r[i] = (__m512)load_as_float(at(k, b, h, base + i, c), 0, k.dtype);
+        transpose16(r);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + (c + i) * PANEL, r[i]);
+      }
+    }
+#endif
+    for (int i = 0; i < PANEL; ++i)
+      for (int j = c; j < d; ++j) out[j * PANEL + i] = i < there ? read_one(at(k, b, h, base + i, j), 0, k.dtype) : 0.0f;
+  }
+}
+
+static inline uint16_t read_bf16(const View& x, int64_t b, int64_t h, int64_t i, int64_t c) {
+  return *reinterpret_cast<const uint16_t*>(at(x, b, h, i, c));
+}
+
+// [panel][d / 32][16 channel pairs][16 keys][2]: one tile of the second operand for every 32 channels
+void pack_keys_bf16(const View& k, int64_t b, int64_t h, int64_t first, int64_t last, uint16_t* out) {
+  const int d = (int)k.shape[3];
+  const int64_t wide = up(d, 32);
+  for (int64_t p = first; p < last; ++p, out += wide * PANEL) {
+    const int64_t base = p * PANEL;
+    const int there = (int)(k.shape[2] - base < PANEL ? k.shape[2] - base : PANEL);
+    int c = 0;
+#if defined(__AVX512F__)
+    if (there == PANEL && k.stride[3] == 1) {
+      for (; c + 32 <= d; c += 32) {
+        __m512 r[16];  // a channel pair is 32 bits, so pairs are transposed like floats
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(at(k, b, h, base + i, c));
+        transpose16(r);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) _mm512_storeu_ps(reinterpret_cast<float*>(out + (c / 2 + i) * 32), r[i]);
+      }
+    }
+#endif
+    for (int64_t j = c; j < wide; j += 2)
+      for (int i = 0; i < PANEL; ++i)
+        for (int e = 0; e < 2; ++e)
+          out[j / 2 * 32 + i * 2 + e] = i < there && j + e < d ? read_bf16(k, b, h, base + i, j + e) : 0;
+  }
+}
+
+// [pair of panels][dv / 16][16 key pairs][16 channels][2]; `first` is even, `out` is that of panel `first`
+void pack_values_bf16(const View& v, int64_t b, int64_t h, int64_t first, int64_t last, uint16_t* out) {
+  const int dv = (int)v.shape[3];
+  const int64_t wide = up(dv, 16);
+  for (int64_t p = first; p < last; p += 2, out += 2 * wide * PANEL) {
+    for (int pair = 0; pair < PANEL; ++pair) {
+      const int64_t key = p * PANEL + 2 * pair;
+      const bool both = key + 1 < v.shape[2];
+      for (int64_t c = 0; c < wide; c += 16) {
+        uint16_t* to = out + (c / 16) * 512 + pair * 32;
+#if defined(__AVX512BW__)
+        if (both && v.stride[3] == 1 && c + 16 <= dv) {
+          const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at(v, b, h, key, c)));
+          const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at(v, b, h, key + 1, c)));
+          const __m512i wide_x = _mm512_cvtepu16_epi32(x), wide_y = _mm512_cvtepu16_epi32(y);
+          _mm512_storeu_si512(to, _mm512_or_si512(wide_x, _mm512_slli_epi32(wide_y, 16)));
+          continue;
+        }
+#endif
+        for (int i = 0; i < 16; ++i) {
+          const bool in = c + i < dv;
+          to[2 * i] = in && key < v.shape[2] ? read_bf16(v, b, h, key, c + i) : 0;
+          to[2 * i + 1] = in && both ? read_bf16(v, b, h, key + 1, c + i) : 0;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace SIEVE_LEVEL
+}  // namespace sieve

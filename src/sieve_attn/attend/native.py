@@ -1,0 +1,111 @@
+"""C++ kernels on the CPU: fp32, fp16 and bf16, forward and backward, over blocks and ranges.
+
+One build holds every instruction set (portable, AVX2, AVX-512, AMX); the best that the machine runs is chosen when first
+asked, or by ``SIEVE_LEVEL``. fp32 accumulation throughout; with AMX, bf16 inputs multiply as they are and probabilities are
+rounded to bf16 before they meet the values (their sum is not). Threads: torch's count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sieve_attn import arrays, native
+from sieve_attn.bounds import Rounding
+from sieve_attn.types import Call, Ranges, Selection
+
+Array = Any
+
+DTYPES = ("float32", "float16", "bfloat16")
+KINDS = ("Blocks", "Ranges")
+ROUNDING = Rounding(exponential=2.0**-18)  # weights of bf16 keys come from a short polynomial
+
+
+def why_not(request: Any) -> tuple[str, ...]:
+    reasons = list(native.missing())
+    if request.device != "cpu":
+        reasons.append(f"kernels run on cpu, not on {request.device}")
+    if request.dtype not in DTYPES:
+        reasons.append(f"kernels know {', '.join(DTYPES)}, not {request.dtype}")
+    if request.far_field:
+        reasons.append("kernels have no far field")
+    unknown = [kind for kind in request.kinds if kind not in KINDS]
+    if unknown or len(request.kinds) > 1:
+        reasons.append(f"kernels take one part of {' or '.join(KINDS)}, not {', '.join(request.kinds)}")
+    return tuple(reasons)
+
+
+def attend(call: Call, selection: Selection, far_field: None = None) -> tuple[Array, Array]:
+    """``(output [batch, q_heads, q_len, v_dim] in the query's dtype, lse [batch, q_heads, q_len])``."""
+    xp = arrays.namespace(call.query)
+    batch, heads, q_len, _ = call.query.shape
+    output = xp.empty((batch, heads, q_len, call.value.shape[3]), call.query.dtype, call.query)
+    lse = xp.empty((batch, heads, q_len), xp.float32, call.query)
+    if q_len and batch and heads:
+        prepared, keep_alive = _prepare(xp, call, selection)
+        native.module().attend(prepared, native.view(output), native.view(lse))
+        del keep_alive
+    return output, lse
+
+
+def backward(
+    call: Call, selection: Selection, grad_output: Array, grad_lse: Array, far_field: None = None, *, output: Array, lse: Array
+) -> dict[str, Array]:
+    """Gradients of query, key and value, and of bias and sink where the call has them; see the reference."""
+    xp = arrays.namespace(call.query)
+    pull = xp.cast(grad_output, xp.float32)
+    d_lse = xp.where(lse == -float("inf"), 0.0, xp.cast(grad_lse, xp.float32))
+    shift = d_lse - (pull * xp.cast(output, xp.float32)).sum(-1)
+    grads = {n: xp.empty(tuple(getattr(call, n).shape), getattr(call, n).dtype, call.query) for n in ("query", "key", "value")}
+    d_bias = None if call.bias is None else xp.zeros(tuple(call.bias.shape), xp.float32, call.query)
+    prepared, keep_alive = _prepare(xp, call, selection)
+    lse, shift = xp.contiguous(lse), xp.contiguous(shift)
+    views = [native.view(x) for x in (grad_output, lse, shift, grads["query"], grads["key"], grads["value"])]
+    native.module().attend_backward(prepared, *views, None if d_bias is None else _broadcast(d_bias, call))
+    del keep_alive
+    if d_bias is not None:
+        grads["bias"] = xp.cast(d_bias, call.bias.dtype)
+    if call.sink is not None:
+        weight = xp.exp(xp.cast(call.sink, xp.float32)[None, :, None] - lse)
+        grads["sink"] = xp.cast((weight * shift).sum(-1).sum(0), call.sink.dtype)
+    return grads
+
+
+def _broadcast(x: Array, call: Call) -> Any:
+    """A view of [batch | 1, q_heads | 1, q_len | 1, kv_len | 1] with stride 0 along what is shared."""
+    batch, heads, q_len, _ = call.query.shape
+    return native.view(arrays.namespace(x).broadcast_to(x, (batch, heads, q_len, call.kv_len)))
+
+
+def _prepare(xp: Any, call: Call, selection: Selection) -> tuple[Any, list]:
+    """The kernels' description of a call, and the arrays that must outlive it."""
+    part = selection.parts[0]
+    alive: list[Array] = []
+
+    def held(x: Array) -> Any:
+        alive.append(x)
+        return native.view(x)
+
+    mask = None if call.mask is None else _broadcast(call.mask, call)
+    bias = call.bias
+    if bias is not None:
+        if str(bias.dtype).rpartition(".")[2] not in DTYPES:
+            bias = xp.cast(bias, xp.float32)
+        alive.append(bias)
+        bias = _broadcast(bias, call)
+    sink = None if call.sink is None else held(xp.contiguous(xp.cast(call.sink, xp.float32)))
+    edges = None if call.cu_seqlens is None else held(xp.contiguous(xp.cast(call.cu_seqlens, xp.int64)))
+    prepared = native.module().Attention(
+        held(call.query), held(call.key), held(call.value), mask=mask, bias=bias,
+        key_mask=None if call.key_mask is None else held(call.key_mask), sink=sink, edges=edges, causal=bool(call.causal),
+        window=call.window, scale=float(call.scale), softcap=call.softcap, threads=native.threads(call.query),
+    )  # fmt: skip
+    if isinstance(part, Ranges):
+        prepared.choose_ranges(part.prefix, part.window, part.two_sided)
+    else:
+        prepared.choose_blocks(
+            held(xp.contiguous(part.row_ptr)), held(xp.contiguous(part.block_index)),
+            None if part.row_mask is None else held(xp.contiguous(part.row_mask)),
+            heads=part.heads, batch=part.batch, q_block=part.q_block, kv_block=part.kv_block, lead=part.lead,
+        )  # fmt: skip
+    return prepared, alive
+

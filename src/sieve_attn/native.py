@@ -1,0 +1,60 @@
+"""The door to the C++ kernels (``sieve_attn._native``): whether they are here, arrays as they want them, threads.
+
+Every ``native.py`` of a stage calls through this file. The extension is absent from a pure-Python installation
+(``SIEVE_PURE_PYTHON=1``); everything then runs on the reference, slower and with the same results.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+Array = Any
+
+PURE = "SIEVE_PURE_PYTHON"
+
+
+@lru_cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from sieve_attn import _native
+    except ImportError as why:
+        return None, str(why)
+    return _native, ""
+
+
+def missing() -> tuple[str, ...]:
+    """Why there are no kernels; empty if there are."""
+    found, why = _load()
+    if found is not None:
+        return ()
+    return (f"the C++ kernels are not installed ({why}); install with a C++17 compiler and without {PURE}",)
+
+
+def module() -> ModuleType:
+    found, why = _load()
+    if found is None:
+        raise ImportError(why)
+    return found
+
+
+def level() -> str | None:
+    """The instruction-set level in use (portable, avx2, avx512, amx), or None without kernels."""
+    return None if missing() else module().level()
+
+
+def view(x: Array) -> Any:
+    """``x`` as the kernels see it; whoever makes it keeps ``x`` alive."""
+    dtype = str(x.dtype).rpartition(".")[2]
+    if hasattr(x, "data_ptr"):
+        return module().View(x.data_ptr(), dtype, x.shape, x.stride())
+    size = x.dtype.itemsize
+    return module().View(x.__array_interface__["data"][0], dtype, x.shape, [s // size for s in x.strides])
+
+
+def threads(like: Array) -> int:
+    """How many threads a kernel may use: torch's count where torch is loaded."""
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch is not None else 1
