@@ -92,24 +92,6 @@ void pack_queries(const Attention& a, int64_t b, const std::vector<Row>& rows, b
   }
 }
 
-// The rows of a unit in groups of at most MAX_ROWS: heads of a group side by side where they fit, long tiles cut.
-template <class Body>
-void each_group(const Plan& plan, int64_t head, int64_t t, std::vector<Row>& rows, const Body& body) {
-  int64_t first, last;
-  plan.queries(t, first, last);
-  const int64_t heads = plan.by_head ? 1 : plan.group, first_head = plan.by_head ? head : head * plan.group;
-  const int64_t n = last - first;
-  if (n <= 0) return;
-  const int64_t together = n >= MAX_ROWS ? 1 : std::min(heads, MAX_ROWS / n);
-  for (int64_t h = 0; h < heads; h += together)
-    for (int64_t from = first; from < last; from += MAX_ROWS) {
-      rows.clear();
-      for (int64_t g = h; g < std::min(heads, h + together); ++g)
-        for (int64_t i = from; i < std::min(last, from + MAX_ROWS); ++i) rows.push_back({first_head + g, i});
-      body();
-    }
-}
-
 }  // namespace
 
 void attend(const Attention& a, const View& out, float* lse) {

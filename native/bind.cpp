@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "attend.h"
+#include "decode.h"
 #include "kernels.h"
 #include "level.h"
 
@@ -102,6 +103,22 @@ void choose_ranges(Attention& a, int64_t prefix, int64_t window, bool two_sided)
   a.choice.two_sided = two_sided;
 }
 
+// A table may come from anywhere: no sequence may point outside of the cache.
+Pages pages_of(const Attention& a, const View& table, const View& length) {
+  const Pages p{static_cast<const int32_t*>(table.data), table.stride[2], static_cast<const int64_t*>(length.data)};
+  const int64_t batch = a.q.shape[0], size = a.k.shape[2];
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t n = p.length[b], pages = (n + size - 1) / size;
+    bool fits = n >= a.q.shape[2] && pages <= table.shape[3];
+    for (int64_t i = 0; fits && i < pages; ++i) fits = p.table[b * p.table_stride + i] >= 0 && p.table[b * p.table_stride + i] < a.k.shape[0];
+    if (!fits)
+      throw std::invalid_argument("`block_table` must name a page of the cache, 0.." + std::to_string(a.k.shape[0] - 1) +
+                                  ", for every key of every sequence, and `lengths` must count the queries; got another entry for sequence " +
+                                  std::to_string(b) + "; pass the table and the lengths that the cache was written with");
+  }
+  return p;
+}
+
 }  // namespace
 }  // namespace sieve
 
@@ -134,6 +151,13 @@ NB_MODULE(_native, m) {
         },
         "a"_a, "d_out"_a, "lse"_a, "shift"_a, "dq"_a, "dk"_a, "dv"_a, "d_bias"_a.none(),
         nb::call_guard<nb::gil_scoped_release>());
+  m.def("decode",
+        [](const Attention& a, std::optional<View> table, std::optional<View> length, const View& out, const View& lse) {
+          if (!table) return decode(a, nullptr, out, static_cast<float*>(lse.data));
+          const Pages pages = pages_of(a, *table, *length);
+          decode(a, &pages, out, static_cast<float*>(lse.data));
+        },
+        "a"_a, "table"_a.none(), "length"_a.none(), "out"_a, "lse"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("level", &level);
   m.def("levels", &levels);
   m.def("force_level", &force_level);

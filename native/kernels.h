@@ -58,6 +58,23 @@ struct TileGradient {
   int64_t d_bias_stride;
 };
 
+// Keys or values of one head where they lie: one array, or pages that a table lists.
+struct Lines {
+  const char* data;       // key 0, or page 0 of the cache
+  DType dtype;
+  int64_t width;          // channels, side by side
+  int64_t stride;         // bytes from key to key
+  const int32_t* table;   // [pages of this sequence], or null where the keys lie in one array
+  int64_t page_size, page_stride;  // keys of a page; bytes from page to page
+};
+
+// A tile whose keys and values are read in place (k, v, v_stride of the tile are unused), over a part of its panels. The first
+// `rows` logits of a bf16 tile come 16 rows at a time: q is packed [rows / 16][d / 32][16 channel pairs][16 rows][2].
+struct LineTile {
+  Tile tile;
+  Lines k, v;
+};
+
 struct Kernels {
   bool bf16_tiles;  // whether attend_bf16 exists (AMX)
 
@@ -74,6 +91,13 @@ struct Kernels {
   float (*finish_row)(const Tile& t, int row, float sink, void* out, int64_t stride, DType dtype);
   bool (*all_finite)(const float* x, int64_t n);
   void (*write_row)(const float* x, int64_t n, void* out, int64_t stride, DType dtype);
+
+  void (*attend_lines)(const LineTile& t);       // o [rows][dv up to 16]
+  void (*attend_lines_bf16)(const LineTile& t);  // AMX; d a multiple of 32
+  int64_t (*lines_scratch)(int32_t d, int32_t dv);
+  void (*pack_rows_bf16)(const View& q, int64_t b, const int64_t* head, const int64_t* query, int rows, uint16_t* out);
+  // the (o, m, l) of `parts` tiles over different keys of the same rows, added up into the first; each o follows the last
+  void (*merge)(const Tile& t, int parts, float* o, float* m, float* l);
 
   void (*gradient)(const TileGradient& g);
   int64_t (*gradient_scratch)(int32_t d, int32_t dv);

@@ -1,14 +1,10 @@
 // Forward attention of one tile in fp32: out = sum_j 2^(s_j - m) v_j over the tile's panels, with the online softmax.
+#include "kernels/amx.h"
 #include "kernels/functions.h"
 #include "kernels/gemm.h"
-#include "kernels/logits.h"
 
 namespace sieve {
 namespace SIEVE_LEVEL {
-
-constexpr int CHUNK = CHUNK_PANELS * PANEL;
-constexpr int S_STRIDE = CHUNK + 16;  // rows do not fall on one set of the cache
-constexpr float SLACK = 8.0f;         // a row is rescaled once its reference is this far (in powers of two) below its maximum
 
 int64_t tile_scratch(int32_t d, int32_t dv, bool bf16) {
   (void)d;
@@ -60,60 +56,6 @@ float finish_row(const Tile& t, int row, float sink, void* out, int64_t stride, 
   return lse;
 }
 
-// Row r over n logits: raises the reference if needed, turns the logits into weights, rescales what came before.
-template <int Terms>
-static inline void soften(const Tile& t, int r, float* s, int n, float unit, int wide) {
-  const float infinity = __builtin_inff();
-  vf most = load(s);
-  for (int i = LANES; i < n; i += LANES) most = max_(load(s + i), most);
-  const float peak = top(most), before = t.m[r];
-  if (peak > before && !((peak - before) * unit <= SLACK)) {
-    const float shrink = exp2_one((before - peak) * unit);
-    t.m[r] = peak;
-    if (before != -infinity) {
-      t.l[r] *= shrink;
-      float* o = t.o + (int64_t)r * wide;
-      for (int i = 0; i < wide; i += LANES) store(o + i, load(o + i) * shrink);
-    }
-  }
-  const float base = t.m[r] == -infinity ? 0.0f : t.m[r] * unit;
-  vf total = vf{};
-  for (int i = 0; i < n; i += LANES) {
-    const vf p = exp2_<Terms>(load(s + i) * unit - base);
-    store(s + i, p);
-    total += p;
-  }
-  t.l[r] += sum(total);
-}
-
-// A value that is not finite reaches exactly the rows that attend to its key; everyone else sees zero in its place.
-static inline void mark_non_finite(const Tile& t, float* marks, const float* s, const float* v, float* clean, int column, int dv,
-                                   int wide) {
-  const float infinity = __builtin_inff();
-  for (int c = 0; c < wide; ++c) {
-    const float x = v[c];
-    clean[c] = x;
-    if (c < dv && x - x != 0.0f) {
-      clean[c] = 0.0f;
-      for (int r = 0; r < t.rows; ++r)
-        if (s[(int64_t)r * S_STRIDE + column] > -infinity) marks[(int64_t)r * wide + c] += x;
-    }
-  }
-}
-
-static inline void start(const Tile& t, int wide) {
-  const float infinity = __builtin_inff();
-  memset(t.o, 0, sizeof(float) * up(t.rows, 16) * wide);
-  for (int r = 0; r < t.rows; ++r) {
-    t.m[r] = -infinity;
-    t.l[r] = 0.0f;
-  }
-}
-
-static inline void add_marks(const Tile& t, const float* marks, int wide) {
-  for (int64_t i = 0; i < (int64_t)t.rows * wide; ++i) t.o[i] += marks[i];
-}
-
 void attend(const Tile& t) {
   const int wide = (int)up(t.dv, 16);
   float* s = static_cast<float*>(t.scratch);
@@ -158,21 +100,6 @@ void attend(const Tile& t) {
 
 bool attends_bf16() { return true; }
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-static inline void configure() {
-  TileConfig c;
-  for (int i = 0; i < 8; ++i) {
-    c.bytes[i] = 64;
-    c.rows[i] = 16;
-  }
-  _tile_loadconfig(&c);
-}
-
 // s [32 | 16 rows][32 | 16 keys] from packed queries and key panels; tiles 0-3 accumulate, 4-5 and 6-7 are operands
 template <int Rows, int Cols>
 static inline void dots(const uint16_t* q, int64_t wide, const uint16_t* k0, const uint16_t* k1, float* s) {
@@ -200,77 +127,11 @@ static inline void dots(const uint16_t* q, int64_t wide, const uint16_t* k0, con
   if constexpr (Rows > 1 && Cols > 1) _tile_stored(3, s + 16 * S_STRIDE + 16, S_STRIDE * 4);
 }
 
-// o [32 | 16 rows][32 | 16 channels] += weights times value pairs; `v` has one pair of panels each
-template <int Rows, int Cols>
-static inline void weigh(const uint16_t* p, const uint16_t* const* v, int pairs, int column, float* o, int64_t wide) {
-  _tile_loadd(0, o, wide * 4);
-  if constexpr (Cols > 1) _tile_loadd(1, o + 16, wide * 4);
-  if constexpr (Rows > 1) _tile_loadd(2, o + 16 * wide, wide * 4);
-  if constexpr (Rows > 1 && Cols > 1) _tile_loadd(3, o + 16 * wide + 16, wide * 4);
-  for (int j = 0; j < pairs; ++j) {
-    _tile_loadd(4, p + j * 32, CHUNK * 2);
-    _tile_loadd(6, v[j] + column * 32, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (Cols > 1) {
-      _tile_loadd(7, v[j] + (column + 16) * 32, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (Rows > 1) {
-      _tile_loadd(5, p + 16 * CHUNK + j * 32, CHUNK * 2);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (Cols > 1) _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, o, wide * 4);
-  if constexpr (Cols > 1) _tile_stored(1, o + 16, wide * 4);
-  if constexpr (Rows > 1) _tile_stored(2, o + 16 * wide, wide * 4);
-  if constexpr (Rows > 1 && Cols > 1) _tile_stored(3, o + 16 * wide + 16, wide * 4);
-}
-
 template <int Rows>
 static inline void group(const uint16_t* q, int64_t wide_d, const uint16_t* const* panel, int count, float* s) {
   int p = 0;
   for (; p + 2 <= count; p += 2) dots<Rows, 2>(q, wide_d, panel[p], panel[p + 1], s + p * PANEL);
   if (p < count) dots<Rows, 1>(q, wide_d, panel[p], nullptr, s + p * PANEL);
-}
-
-template <int Rows>
-static inline void outputs(const uint16_t* p, const uint16_t* const* v, int pairs, float* o, int wide) {
-  int c = 0;
-  for (; c + 32 <= wide; c += 32) weigh<Rows, 2>(p, v, pairs, c, o + c, wide);
-  if (c < wide) weigh<Rows, 1>(p, v, pairs, c, o + c, wide);
-}
-
-// One row of weights from `n` logits, rounded to bf16 for the second product; the sum takes them unrounded.
-static inline void soften_bf16(const Tile& t, int r, const float* s, int n, float unit, int wide, uint16_t* p) {
-  const float infinity = __builtin_inff();
-  __m512 most = _mm512_loadu_ps(s);
-  for (int i = 16; i < n; i += 16) most = _mm512_max_ps(_mm512_loadu_ps(s + i), most);
-  const float peak = _mm512_reduce_max_ps(most), before = t.m[r];
-  if (peak > before && !((peak - before) * unit <= SLACK)) {
-    const float shrink = exp2_one((before - peak) * unit);
-    t.m[r] = peak;
-    if (before != -infinity) {
-      t.l[r] *= shrink;
-      float* o = t.o + (int64_t)r * wide;
-      for (int i = 0; i < wide; i += 16) _mm512_storeu_ps(o + i, _mm512_loadu_ps(o + i) * _mm512_set1_ps(shrink));
-    }
-  }
-  const __m512 base = _mm512_set1_ps(t.m[r] == -infinity ? 0.0f : t.m[r] * unit), by = _mm512_set1_ps(unit);
-  __m512 total = _mm512_setzero_ps();
-  int i = 0;
-  for (; i + 32 <= n; i += 32) {
-    const __m512 a = (__m512)exp2_<5>((vf)_mm512_fmsub_ps(_mm512_loadu_ps(s + i), by, base));
-    const __m512 b = (__m512)exp2_<5>((vf)_mm512_fmsub_ps(_mm512_loadu_ps(s + i + 16), by, base));
-    total = total + a + b;
-    _mm512_storeu_si512(p + i, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-  }
-  if (i < n) {
-    const __m512 a = (__m512)exp2_<5>((vf)_mm512_fmsub_ps(_mm512_loadu_ps(s + i), by, base));
-    total = total + a;
-    _mm512_storeu_si512(p + i, (__m512i)_mm512_cvtne2ps_pbh(_mm512_setzero_ps(), a));
-  }
-  t.l[r] += _mm512_reduce_add_ps(total);
 }
 
 // Halves of two panels that do not lie side by side, as one pair; bad values hidden where asked.
@@ -286,18 +147,6 @@ static inline void gather_pair(const Tile& t, const uint16_t* values, int n, int
     for (int c = 0; c < wide; c += 16)
       for (int i = 0; i < 8; ++i) _mm512_storeu_si512(out + c * 32 + i * 32, _mm512_loadu_si512(from + c * 32 + i * 32));
   }
-}
-
-static inline void clean_pair(const Tile& t, float* marks, const float* s, int j, int wide, uint16_t* pair) {
-  const float infinity = __builtin_inff();
-  for (int c = 0; c < wide; ++c)
-    for (int key = 0; key < 2 * PANEL; ++key) {
-      uint16_t& x = pair[(c / 16) * 512 + (key / 2) * 32 + (c % 16) * 2 + (key & 1)];
-      if ((x & 0x7f80u) != 0x7f80u) continue;
-      for (int r = 0; r < t.rows; ++r)
-        if (s[(int64_t)r * S_STRIDE + j * 32 + key] > -infinity) marks[(int64_t)r * wide + c] += from_bf16(x);
-      x = 0;
-    }
 }
 
 void attend_bf16(const Tile& t) {

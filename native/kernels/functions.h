@@ -16,6 +16,11 @@ int64_t tile_scratch(int32_t d, int32_t dv, bool bf16);
 float finish_row(const Tile& t, int row, float sink, void* out, int64_t stride, DType dtype);
 bool all_finite(const float* x, int64_t n);
 void put_row(const float* x, int64_t n, void* out, int64_t stride, DType dtype);
+void attend_lines(const LineTile& t);
+void attend_lines_bf16(const LineTile& t);
+int64_t lines_scratch(int32_t d, int32_t dv);
+void pack_rows_bf16(const View& q, int64_t b, const int64_t* head, const int64_t* query, int rows, uint16_t* out);
+void merge(const Tile& t, int parts, float* o, float* m, float* l);
 void gradient(const TileGradient& g);
 int64_t gradient_scratch(int32_t d, int32_t dv);
 

@@ -9,7 +9,8 @@ namespace SIEVE_LEVEL {
 extern const Kernels table;
 const Kernels table = {
     attends_bf16(), pack_keys,  pack_keys_bf16, pack_values_bf16, read_rows, attend, attend_bf16,
-    tile_scratch,   finish_row, all_finite,     put_row,          gradient,  gradient_scratch,
+    tile_scratch,   finish_row, all_finite,     put_row,
+    attend_lines,   attend_lines_bf16, lines_scratch, pack_rows_bf16, merge, gradient, gradient_scratch,
 };
 
 }  // namespace SIEVE_LEVEL

@@ -17,6 +17,7 @@ Array = Any
 
 DTYPES = ("float32", "float16", "bfloat16")
 KINDS = ("Blocks", "Ranges")
+DECODE_QUERIES = 16  # up to here the cache is read in place
 ROUNDING = Rounding(exponential=2.0**-18)  # weights of bf16 keys come from a short polynomial
 
 
@@ -42,9 +43,22 @@ def attend(call: Call, selection: Selection, far_field: None = None) -> tuple[Ar
     lse = xp.empty((batch, heads, q_len), xp.float32, call.query)
     if q_len and batch and heads:
         prepared, keep_alive = _prepare(xp, call, selection)
-        native.module().attend(prepared, native.view(output), native.view(lse))
+        if _few_rows(call):
+            native.module().decode(prepared, table=None, length=None, out=native.view(output), lse=native.view(lse))
+        else:
+            native.module().attend(prepared, native.view(output), native.view(lse))
         del keep_alive
     return output, lse
+
+
+def _few_rows(call: Call) -> bool:
+    """Whether keys and values are better read where they lie than packed for many rows."""
+    side_by_side = all(_last_stride(x) == 1 for x in (call.query, call.key, call.value))
+    return side_by_side and call.q_len <= DECODE_QUERIES
+
+
+def _last_stride(x: Array) -> int:
+    return x.stride(3) if hasattr(x, "data_ptr") else x.strides[3] // x.dtype.itemsize
 
 
 def backward(

@@ -1,0 +1,298 @@
+// Attention of a few query rows over keys and values that are read once, where they lie, and never packed.
+#include "kernels/amx.h"
+#include "kernels/functions.h"
+#include "kernels/gemm.h"
+#include "kernels/transpose.h"
+
+namespace sieve {
+namespace SIEVE_LEVEL {
+
+int64_t lines_scratch(int32_t d, int32_t dv) {
+  const int64_t wide = up(dv, 32), lines = (up(d, 32) + wide) * PANEL * 4;  // a panel of keys and one of values
+  const int64_t keys = CHUNK * up(d, 16) * 4, values = CHUNK * wide * 4, weights = MAX_ROWS * CHUNK * 2;
+  return MAX_ROWS * S_STRIDE * 4 + lines * CHUNK_PANELS + keys + values + weights + 2 * MAX_ROWS * wide * 4 + 8192;
+}
+
+struct Scratch {
+  char* next;
+  template <class T>
+  T* take(int64_t count) {
+    T* here = reinterpret_cast<T*>(next);
+    next += up(count * (int64_t)sizeof(T), 64);
+    return here;
+  }
+};
+
+struct Panel16 {
+  const char* data;
+  int64_t stride;  // bytes
+};
+
+static inline const char* line(const Lines& x, int64_t key) {
+  if (!x.table) return x.data + key * x.stride;
+  return x.data + x.table[key / x.page_size] * x.page_stride + key % x.page_size * x.stride;
+}
+
+// The first `there` keys of a panel as rows at one stride; a panel over several pages is copied to `copy`, and so is one that
+// must have all 16 rows (`whole`) and does not: what is missing is zero.
+static inline Panel16 panel_of(const Lines& x, int64_t panel, int there, bool whole, char* copy) {
+  const int64_t base = panel * PANEL;
+  const bool one_piece = !x.table || base / x.page_size == (base + there - 1) / x.page_size;
+  if (one_piece && (there == PANEL || !whole)) return {line(x, base), x.stride};
+  const int64_t bytes = x.width * dtype_bytes(x.dtype);
+  for (int i = 0; i < there; ++i) memcpy(copy + i * bytes, line(x, base + i), bytes);
+  memset(copy + there * bytes, 0, (PANEL - there) * bytes);
+  return {copy, bytes};
+}
+
+// Asks for the lines of a panel that is read soon: blocks that were chosen lie anywhere, so hardware does not foresee them.
+static inline void fetch(const Lines& x, int64_t panel, int there) {
+  const char* at = line(x, panel * PANEL);
+  const int64_t bytes = x.width * dtype_bytes(x.dtype);
+  for (int i = 0; i < there; ++i)
+    for (int64_t c = 0; c < bytes; c += 64) __builtin_prefetch(at + i * x.stride + c, 0, 2);
+}
+
+static inline int keys_there(const Tile& t, int64_t panel) {
+  const int64_t left = t.kv_len - panel * PANEL;
+  return left < PANEL ? (int)left : PANEL;
+}
+
+// The panels of the next chunk, where they do not simply follow.
+static inline void fetch_next(const Tile& t, const Lines& x, int n) {
+  const int place = n + CHUNK_PANELS;
+  if (place >= t.panels) return;
+  const int64_t panel = t.panel[place], there = keys_there(t, panel);
+  if (x.table && (panel * PANEL) / x.page_size != (panel * PANEL + there - 1) / x.page_size) return;
+  fetch(x, panel, (int)there);
+}
+
+void attend_lines(const LineTile& job) {
+  const Tile& t = job.tile;
+  const int wide = (int)up(t.dv, 16);
+  Scratch scratch{static_cast<char*>(t.scratch)};
+  float* s = scratch.take<float>(MAX_ROWS * S_STRIDE);
+  float* keys = scratch.take<float>((int64_t)CHUNK * t.d);
+  float* values = scratch.take<float>((int64_t)CHUNK * wide);
+  float* marks = scratch.take<float>((int64_t)MAX_ROWS * wide);
+  char* copy = scratch.take<char>(PANEL * up(t.d > wide ? t.d : wide, 16) * 4);
+  const float* q = static_cast<const float*>(t.q);
+  const float unit = exponent_unit(t);
+  const bool shaped = transformed(t), in_place = job.v.dtype == F32 && t.dv % PANEL == 0;
+  start(t, wide);
+  if (t.sanitize) memset(marks, 0, sizeof(float) * t.rows * wide);
+  for (int n = 0; n < t.panels; n += CHUNK_PANELS) {
+    const int count = t.panels - n < CHUNK_PANELS ? t.panels - n : CHUNK_PANELS;
+    const float* panel[CHUNK_PANELS];
+    const float* row[CHUNK];
+    int rows = 0;
+    bool touched = shaped;
+    for (int p = 0; p < count; ++p) {
+      const int64_t number = t.panel[n + p];
+      const int there = keys_there(t, number);
+      touched |= t.masked[n + p] != 0;
+      fetch_next(t, job.k, n + p);
+      const Panel16 k = panel_of(job.k, number, there, false, copy);
+      float* to = keys + (int64_t)p * PANEL * t.d;
+      const int64_t stride = k.stride / dtype_bytes(job.k.dtype);
+      const View lines{const_cast<char*>(k.data), job.k.dtype, {1, 1, there, t.d}, {0, 0, stride, 1}};
+      pack_keys(lines, 0, 0, 0, 1, to);
+      panel[p] = to;
+    }
+    times_panels(q, t.d, t.rows, t.d, panel, count, s, S_STRIDE);
+    if (touched)
+      for (int r = 0; r < t.rows; ++r) shape_logits(t, n, count, r, s + r * S_STRIDE, nullptr);
+    for (int p = 0; p < count; ++p) {
+      const int64_t number = t.panel[n + p];
+      const int there = keys_there(t, number);
+      fetch_next(t, job.v, n + p);
+      for (int i = 0; i < there; ++i, ++rows) {
+        const char* from = line(job.v, number * PANEL + i);
+        row[rows] = values + (int64_t)rows * wide;
+        if (in_place)
+          row[rows] = reinterpret_cast<const float*>(from);
+        else
+          read_row(from, 1, job.v.dtype, t.dv, wide, values + (int64_t)rows * wide);
+      }
+    }
+    if (t.sanitize)
+      for (int j = 0; j < rows; ++j) {
+        float* to = values + (int64_t)j * wide;
+        mark_non_finite(t, marks, s, row[j], to, j, t.dv, wide);
+        row[j] = to;
+      }
+    for (int r = 0; r < t.rows; ++r) soften<6>(t, r, s + r * S_STRIDE, count * PANEL, unit, wide);
+    times_rows(s, S_STRIDE, 1, t.rows, rows, row, wide, t.o, wide);
+  }
+  if (t.sanitize) add_marks(t, marks, wide);
+}
+
+void merge(const Tile& t, int parts, float* o, float* m, float* l) {
+  const float infinity = __builtin_inff();
+  const int wide = (int)up(t.dv, 16);
+  const float unit = exponent_unit(t);
+  const int64_t step = up(t.rows, 16) * wide;
+  for (int r = 0; r < t.rows; ++r) {
+    float most = -infinity;
+    for (int p = 0; p < parts; ++p) most = m[p * MAX_ROWS + r] > most ? m[p * MAX_ROWS + r] : most;
+    float total = 0.0f;
+    float* sum = o + (int64_t)r * wide;
+    for (int p = 0; p < parts; ++p) {
+      const float own = m[p * MAX_ROWS + r], weight = l[p * MAX_ROWS + r];
+      const float* from = o + p * step + (int64_t)r * wide;
+      // a part without a key holds nothing; one of NaN alone has a sum but no maximum
+      const bool nothing = own == -infinity && weight == 0.0f;
+      const float factor = nothing ? 0.0f : own == most ? 1.0f : own == -infinity ? 1.0f : exp2_one((own - most) * unit);
+      if (p == 0) {
+        for (int c = 0; c < wide; c += LANES) store(sum + c, nothing ? vf{} : load(from + c) * factor);
+      } else if (!nothing) {
+        for (int c = 0; c < wide; c += LANES) store(sum + c, load(sum + c) + load(from + c) * factor);
+      }
+      total += nothing ? 0.0f : weight * factor;
+    }
+    m[r] = most;
+    l[r] = total;
+  }
+}
+
+#if defined(__AMX_BF16__)
+
+void pack_rows_bf16(const View& q, int64_t b, const int64_t* head, const int64_t* query, int rows, uint16_t* out) {
+  const int d = (int)q.shape[3];
+  for (int first = 0; first < rows; first += 16)
+    for (int c = 0; c < d; c += 32, out += 512)
+      for (int pair = 0; pair < 16; ++pair)
+        for (int i = 0; i < 16; ++i)
+          for (int e = 0; e < 2; ++e) {
+            const int r = first + i, channel = c + 2 * pair + e;
+            out[pair * 32 + i * 2 + e] =
+                r < rows ? *reinterpret_cast<const uint16_t*>(at(q, b, head[r], query[r], channel)) : (uint16_t)0;
+          }
+}
+
+// Logits of 16 keys and 16 rows: keys where they lie are the first operand, so what comes out is turned around.
+template <int Held>
+static inline void dots_in_place(const Panel16& k, const uint16_t* q, int64_t d, float* turned, float* s) {
+  _tile_zero(0);
+  for (int64_t c = 0; c < d; c += 32) {
+    _tile_loadd(1, k.data + c * 2, k.stride);
+    if constexpr (Held) {
+      if (c == 0) _tile_dpbf16ps(0, 1, 4);
+      if (c == 32) _tile_dpbf16ps(0, 1, 5);
+      if (c == 64) _tile_dpbf16ps(0, 1, 6);
+      if (c == 96) _tile_dpbf16ps(0, 1, 7);
+    } else {
+      _tile_loadd(2, q + c * 16, 64);
+      _tile_dpbf16ps(0, 1, 2);
+    }
+  }
+  _tile_stored(0, turned, 64);
+  __m512 x[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(turned + 16 * i);
+  transpose16(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_storeu_ps(s + i * S_STRIDE, x[i]);
+}
+
+// Pairs of keys side by side, 32 channels to two columns of tiles; `channel_of` says where each channel went.
+static inline void interleave(const char* a, const char* b, int dv, uint16_t* to) {
+  for (int c = 0; c < dv; c += 32) {
+    const __mmask32 here = dv - c >= 32 ? ~0u : (1u << (dv - c)) - 1u;
+    const __m512i x = _mm512_maskz_loadu_epi16(here, a + 2 * c), y = _mm512_maskz_loadu_epi16(here, b + 2 * c);
+    _mm512_storeu_si512(to + c * 32, _mm512_unpacklo_epi16(x, y));
+    _mm512_storeu_si512(to + (c + 16) * 32, _mm512_unpackhi_epi16(x, y));
+  }
+}
+
+static inline int channel_of(int column) {
+  const int half = column / 16 % 2, lane = column % 16;
+  return column / 32 * 32 + lane / 4 * 8 + half * 4 + lane % 4;
+}
+
+void attend_lines_bf16(const LineTile& job) {
+  Tile t = job.tile;  // its output has its own width and order here
+  const int wide = (int)up(t.dv, 32);
+  Scratch scratch{static_cast<char*>(t.scratch)};
+  float* s = scratch.take<float>(MAX_ROWS * S_STRIDE);
+  uint16_t* pairs_of = scratch.take<uint16_t>((int64_t)CHUNK * wide);
+  uint16_t* p = scratch.take<uint16_t>(MAX_ROWS * CHUNK);
+  float* o = scratch.take<float>((int64_t)MAX_ROWS * wide);
+  float* marks = scratch.take<float>((int64_t)MAX_ROWS * wide);
+  float* turned = scratch.take<float>(256);
+  char* k_copy = scratch.take<char>(PANEL * t.d * 2);
+  char* v_copy = scratch.take<char>((int64_t)CHUNK_PANELS * PANEL * t.dv * 2);
+  const uint16_t* q = static_cast<const uint16_t*>(t.q);
+  const float unit = exponent_unit(t);
+  const bool shaped = transformed(t);
+  const int rows16 = (int)up(t.rows, 16);
+  float* result = t.o;
+  t.o = o;
+  start(t, wide);
+  if (t.sanitize) memset(marks, 0, sizeof(float) * t.rows * wide);
+  memset(p + t.rows * CHUNK, 0, sizeof(uint16_t) * (rows16 - t.rows) * CHUNK);
+  configure();
+  const bool held = rows16 == 16 && t.d <= 128;
+  for (int n = 0; n < t.panels; n += CHUNK_PANELS) {
+    const int count = t.panels - n < CHUNK_PANELS ? t.panels - n : CHUNK_PANELS;
+    const int pairs = (count + 1) / 2;
+    const uint16_t* pair[CHUNK_PANELS / 2];
+    bool touched = shaped;
+    if (held) {
+      _tile_loadd(4, q, 64);
+      if (t.d > 32) _tile_loadd(5, q + 512, 64);
+      if (t.d > 64) _tile_loadd(6, q + 1024, 64);
+      if (t.d > 96) _tile_loadd(7, q + 1536, 64);
+    }
+    for (int i = 0; i < count; ++i) {
+      const int64_t number = t.panel[n + i];
+      fetch_next(t, job.k, n + i);
+      touched |= t.masked[n + i] != 0;
+      const Panel16 k = panel_of(job.k, number, keys_there(t, number), true, k_copy);
+      if (held)
+        dots_in_place<1>(k, q, t.d, turned, s + i * PANEL);
+      else
+        for (int r = 0; r < rows16; r += 16) dots_in_place<0>(k, q + r * t.d, t.d, turned, s + r * S_STRIDE + i * PANEL);
+    }
+    if (count % 2)  // the absent half of the last pair is attended to by nobody
+      for (int r = 0; r < t.rows; ++r) _mm512_storeu_ps(s + r * S_STRIDE + count * PANEL, _mm512_set1_ps(-__builtin_inff()));
+    if (touched)
+      for (int r = 0; r < t.rows; ++r) shape_logits(t, n, count, r, s + r * S_STRIDE, nullptr);
+    for (int i = 0; i < 2 * pairs; ++i) {
+      uint16_t* to = pairs_of + (int64_t)(i / 2) * 32 * wide + i % 2 * 8 * 32;
+      if (i % 2 == 0) pair[i / 2] = to;
+      if (i >= count) {
+        for (int c = 0; c < wide; c += 16) memset(to + c * 32, 0, 512);
+        continue;
+      }
+      const int64_t number = t.panel[n + i];
+      const int there = keys_there(t, number);
+      fetch_next(t, job.v, n + i);
+      const Panel16 v = panel_of(job.v, number, there, true, v_copy);
+      for (int key = 0; key < PANEL; key += 2)
+        interleave(v.data + key * v.stride, v.data + (key + 1) * v.stride, t.dv, to + key / 2 * 32);
+    }
+    if (t.sanitize)
+      for (int j = 0; j < pairs; ++j) clean_pair(t, marks, s, j, wide, const_cast<uint16_t*>(pair[j]));
+    for (int r = 0; r < t.rows; ++r) soften_bf16(t, r, s + r * S_STRIDE, count * PANEL, unit, wide, p + r * CHUNK);
+    int r = 0;
+    for (; r + 32 <= rows16; r += 32) outputs<2>(p + r * CHUNK, pair, pairs, o + (int64_t)r * wide, wide);
+    if (r < rows16) outputs<1>(p + r * CHUNK, pair, pairs, o + (int64_t)r * wide, wide);
+  }
+  _tile_release();
+  if (t.sanitize) add_marks(t, marks, wide);
+  const int narrow = (int)up(t.dv, 16);
+  for (int r = 0; r < t.rows; ++r)
+    for (int c = 0; c < wide; ++c)
+      if (channel_of(c) < narrow) result[(int64_t)r * narrow + channel_of(c)] = o[(int64_t)r * wide + c];
+}
+
+#else
+
+void pack_rows_bf16(const View&, int64_t, const int64_t*, const int64_t*, int, uint16_t*) {}
+void attend_lines_bf16(const LineTile&) {}
+
+#endif
+
+}  // namespace SIEVE_LEVEL
+}  // namespace sieve
