@@ -13,6 +13,8 @@ int64_t lines_scratch(int32_t d, int32_t dv) {
   return MAX_ROWS * S_STRIDE * 4 + lines * CHUNK_PANELS + keys + values + weights + 2 * MAX_ROWS * wide * 4 + 8192;
 }
 
+constexpr int STEP_PANELS = 4;  // panels of a bf16 step: its keys and the next values fit into the first cache together
+
 struct Scratch {
   char* next;
   template <class T>
@@ -170,38 +172,100 @@ void pack_rows_bf16(const View& q, int64_t b, const int64_t* head, const int64_t
           }
 }
 
-// Logits of 16 keys and 16 rows: keys where they lie are the first operand, so what comes out is turned around.
-template <int Held>
-static inline void dots_in_place(const Panel16& k, const uint16_t* q, int64_t d, float* turned, float* s) {
-  _tile_zero(0);
-  for (int64_t c = 0; c < d; c += 32) {
-    _tile_loadd(1, k.data + c * 2, k.stride);
-    if constexpr (Held) {
-      if (c == 0) _tile_dpbf16ps(0, 1, 4);
-      if (c == 32) _tile_dpbf16ps(0, 1, 5);
-      if (c == 64) _tile_dpbf16ps(0, 1, 6);
-      if (c == 96) _tile_dpbf16ps(0, 1, 7);
-    } else {
-      _tile_loadd(2, q + c * 16, 64);
-      _tile_dpbf16ps(0, 1, 2);
-    }
+// Tiles: 0, 1 the output of at most 16 rows; 2, 3 logits of 16 keys each; 4 weights; 5 queries; 6, 7 keys or values.
+static inline void configure_lines(int rows) {
+  TileConfig c;
+  for (int i = 0; i < 8; ++i) {
+    c.bytes[i] = 64;
+    c.rows[i] = (uint8_t)(i == 0 || i == 1 || i == 4 ? rows : 16);
   }
-  _tile_stored(0, turned, 64);
+  _tile_loadconfig(&c);
+}
+
+// `turned` [16 keys][16 rows] to s [rows][keys]
+static inline void turn(const float* turned, int rows, float* s) {
+  if (rows <= 4) {
+    __m512 x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // lane l holds the four rows of key 4 l + i
+      x[i] = _mm512_castps128_ps512(_mm_load_ps(turned + 16 * i));
+      x[i] = _mm512_insertf32x4(x[i], _mm_load_ps(turned + 16 * (4 + i)), 1);
+      x[i] = _mm512_insertf32x4(x[i], _mm_load_ps(turned + 16 * (8 + i)), 2);
+      x[i] = _mm512_insertf32x4(x[i], _mm_load_ps(turned + 16 * (12 + i)), 3);
+    }
+    const __m512 a = _mm512_unpacklo_ps(x[0], x[1]), b = _mm512_unpackhi_ps(x[0], x[1]);
+    const __m512 c = _mm512_unpacklo_ps(x[2], x[3]), d = _mm512_unpackhi_ps(x[2], x[3]);
+    _mm512_storeu_ps(s, _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(c))));
+    _mm512_storeu_ps(s + S_STRIDE, _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(c))));
+    _mm512_storeu_ps(s + 2 * S_STRIDE, _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(b), _mm512_castps_pd(d))));
+    _mm512_storeu_ps(s + 3 * S_STRIDE, _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(b), _mm512_castps_pd(d))));
+    return;
+  }
   __m512 x[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(turned + 16 * i);
   transpose16(x);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) _mm512_storeu_ps(s + i * S_STRIDE, x[i]);
+  for (int i = 0; i < rows; ++i) _mm512_storeu_ps(s + i * S_STRIDE, x[i]);
 }
 
-// Pairs of keys side by side, 32 channels to two columns of tiles; `channel_of` says where each channel went.
-static inline void interleave(const char* a, const char* b, int dv, uint16_t* to) {
-  for (int c = 0; c < dv; c += 32) {
+// Asks for bytes c..c+63 of the rows of a panel that is read soon. Asking for them all at once would hold up what is computed.
+static inline void fetch(const Panel16& x, int64_t c) {
+#pragma GCC unroll 16
+  for (int i = 0; i < PANEL; ++i) __builtin_prefetch(x.data + i * x.stride + c);
+}
+
+// Logits of 16 or 32 keys and at most 16 rows: keys where they lie are the first operand, so what comes out is turned around.
+template <int Panels>
+static inline void dots_in_place(const Panel16* k, const Panel16* next, const uint16_t* q, int64_t d, int rows, float* turned, float* s) {
+  _tile_zero(2);
+  if constexpr (Panels > 1) _tile_zero(3);
+  for (int64_t c = 0; c < d; c += 32) {
+    _tile_loadd(5, q + c * 16, 64);
+    _tile_loadd(6, k[0].data + c * 2, k[0].stride);
+    _tile_dpbf16ps(2, 6, 5);
+    if (next) fetch(next[0], c * 2);
+    if constexpr (Panels > 1) {
+      _tile_loadd(7, k[1].data + c * 2, k[1].stride);
+      _tile_dpbf16ps(3, 7, 5);
+      if (next) fetch(next[1], c * 2);
+    }
+  }
+  _tile_stored(2, turned, 64);
+  if constexpr (Panels > 1) _tile_stored(3, turned + 256, 64);
+  turn(turned, rows, s);
+  if constexpr (Panels > 1) turn(turned + 256, rows, s + PANEL);
+}
+
+// o [at most 16 rows][wide] += weights times value pairs; `wide` is a multiple of 32
+static inline void weigh_lines(const uint16_t* p, const uint16_t* const* v, int pairs, float* o, int64_t wide) {
+  for (int64_t c = 0; c < wide; c += 32) {
+    _tile_loadd(0, o + c, wide * 4);
+    _tile_loadd(1, o + c + 16, wide * 4);
+    for (int j = 0; j < pairs; ++j) {
+      _tile_loadd(4, p + j * 32, CHUNK * 2);
+      _tile_loadd(6, v[j] + c * 32, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, v[j] + (c + 16) * 32, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, o + c, wide * 4);
+    _tile_stored(1, o + c + 16, wide * 4);
+  }
+}
+
+// The keys of a panel in pairs side by side, 32 channels to two columns of tiles; `channel_of` says where each channel went.
+static inline void interleave(const Panel16& v, const Panel16& next, int dv, uint16_t* to) {
+  for (int c = 0; c < dv; c += 32, to += 2 * 512) {
     const __mmask32 here = dv - c >= 32 ? ~0u : (1u << (dv - c)) - 1u;
-    const __m512i x = _mm512_maskz_loadu_epi16(here, a + 2 * c), y = _mm512_maskz_loadu_epi16(here, b + 2 * c);
-    _mm512_storeu_si512(to + c * 32, _mm512_unpacklo_epi16(x, y));
-    _mm512_storeu_si512(to + (c + 16) * 32, _mm512_unpackhi_epi16(x, y));
+    const char *a = v.data + 2 * c, *ahead = next.data + 2 * c;
+#pragma GCC unroll 8
+    for (int i = 0; i < PANEL / 2; ++i, a += 2 * v.stride, ahead += 2 * next.stride) {
+      const __m512i x = _mm512_maskz_loadu_epi16(here, a), y = _mm512_maskz_loadu_epi16(here, a + v.stride);
+      _mm512_storeu_si512(to + i * 32, _mm512_unpacklo_epi16(x, y));
+      _mm512_storeu_si512(to + i * 32 + 512, _mm512_unpackhi_epi16(x, y));
+      __builtin_prefetch(ahead);
+      __builtin_prefetch(ahead + next.stride);
+    }
   }
 }
 
@@ -219,9 +283,9 @@ void attend_lines_bf16(const LineTile& job) {
   uint16_t* p = scratch.take<uint16_t>(MAX_ROWS * CHUNK);
   float* o = scratch.take<float>((int64_t)MAX_ROWS * wide);
   float* marks = scratch.take<float>((int64_t)MAX_ROWS * wide);
-  float* turned = scratch.take<float>(256);
-  char* k_copy = scratch.take<char>(PANEL * t.d * 2);
-  char* v_copy = scratch.take<char>((int64_t)CHUNK_PANELS * PANEL * t.dv * 2);
+  float* turned = scratch.take<float>(512);
+  char* copy = scratch.take<char>((int64_t)2 * STEP_PANELS * PANEL * (t.d > t.dv ? t.d : t.dv) * 2);
+  Panel16 keys[STEP_PANELS], values[STEP_PANELS];
   const uint16_t* q = static_cast<const uint16_t*>(t.q);
   const float unit = exponent_unit(t);
   const bool shaped = transformed(t);
@@ -231,29 +295,34 @@ void attend_lines_bf16(const LineTile& job) {
   start(t, wide);
   if (t.sanitize) memset(marks, 0, sizeof(float) * t.rows * wide);
   memset(p + t.rows * CHUNK, 0, sizeof(uint16_t) * (rows16 - t.rows) * CHUNK);
-  configure();
-  const bool held = rows16 == 16 && t.d <= 128;
-  for (int n = 0; n < t.panels; n += CHUNK_PANELS) {
-    const int count = t.panels - n < CHUNK_PANELS ? t.panels - n : CHUNK_PANELS;
+  configure_lines(t.rows < 16 ? t.rows : 16);
+  const int64_t k_bytes = PANEL * t.d * 2, v_bytes = PANEL * t.dv * 2;
+  const auto look_up = [&](const Lines& x, int n, Panel16* out, char* to, int64_t bytes) {
+    const int count = t.panels - n < STEP_PANELS ? t.panels - n : STEP_PANELS;
+    for (int i = 0; i < count; ++i) out[i] = panel_of(x, t.panel[n + i], keys_there(t, t.panel[n + i]), true, to + i * bytes);
+    for (int i = count; i < STEP_PANELS; ++i) out[i] = {reinterpret_cast<const char*>(q), 0};
+  };
+  look_up(job.k, 0, keys, copy, k_bytes);
+  for (int n = 0; n < t.panels; n += STEP_PANELS) {
+    const int count = t.panels - n < STEP_PANELS ? t.panels - n : STEP_PANELS;
     const int pairs = (count + 1) / 2;
-    const uint16_t* pair[CHUNK_PANELS / 2];
+    const uint16_t* pair[STEP_PANELS / 2];
     bool touched = shaped;
-    if (held) {
-      _tile_loadd(4, q, 64);
-      if (t.d > 32) _tile_loadd(5, q + 512, 64);
-      if (t.d > 64) _tile_loadd(6, q + 1024, 64);
-      if (t.d > 96) _tile_loadd(7, q + 1536, 64);
+    look_up(job.v, n, values, copy + STEP_PANELS * k_bytes, v_bytes);
+    for (int i = 0; i < count; i += 2) {
+      const bool two = i + 1 < count;
+      touched |= t.masked[n + i] != 0 || (two && t.masked[n + i + 1] != 0);
+      for (int r = 0; r < t.rows; r += 16) {
+        const int some = t.rows - r < 16 ? t.rows - r : 16;
+        float* to = s + r * S_STRIDE + i * PANEL;
+        const Panel16* ahead = r == 0 ? values + i : nullptr;
+        if (two)
+          dots_in_place<2>(keys + i, ahead, q + r * t.d, t.d, some, turned, to);
+        else
+          dots_in_place<1>(keys + i, ahead, q + r * t.d, t.d, some, turned, to);
+      }
     }
-    for (int i = 0; i < count; ++i) {
-      const int64_t number = t.panel[n + i];
-      fetch_next(t, job.k, n + i);
-      touched |= t.masked[n + i] != 0;
-      const Panel16 k = panel_of(job.k, number, keys_there(t, number), true, k_copy);
-      if (held)
-        dots_in_place<1>(k, q, t.d, turned, s + i * PANEL);
-      else
-        for (int r = 0; r < rows16; r += 16) dots_in_place<0>(k, q + r * t.d, t.d, turned, s + r * S_STRIDE + i * PANEL);
-    }
+    look_up(job.k, n + STEP_PANELS, keys, copy, k_bytes);
     if (count % 2)  // the absent half of the last pair is attended to by nobody
       for (int r = 0; r < t.rows; ++r) _mm512_storeu_ps(s + r * S_STRIDE + count * PANEL, _mm512_set1_ps(-__builtin_inff()));
     if (touched)
@@ -261,23 +330,16 @@ void attend_lines_bf16(const LineTile& job) {
     for (int i = 0; i < 2 * pairs; ++i) {
       uint16_t* to = pairs_of + (int64_t)(i / 2) * 32 * wide + i % 2 * 8 * 32;
       if (i % 2 == 0) pair[i / 2] = to;
-      if (i >= count) {
+      if (i < count) {
+        interleave(values[i], keys[i], t.dv, to);
+      } else {
         for (int c = 0; c < wide; c += 16) memset(to + c * 32, 0, 512);
-        continue;
       }
-      const int64_t number = t.panel[n + i];
-      const int there = keys_there(t, number);
-      fetch_next(t, job.v, n + i);
-      const Panel16 v = panel_of(job.v, number, there, true, v_copy);
-      for (int key = 0; key < PANEL; key += 2)
-        interleave(v.data + key * v.stride, v.data + (key + 1) * v.stride, t.dv, to + key / 2 * 32);
     }
     if (t.sanitize)
       for (int j = 0; j < pairs; ++j) clean_pair(t, marks, s, j, wide, const_cast<uint16_t*>(pair[j]));
     for (int r = 0; r < t.rows; ++r) soften_bf16(t, r, s + r * S_STRIDE, count * PANEL, unit, wide, p + r * CHUNK);
-    int r = 0;
-    for (; r + 32 <= rows16; r += 32) outputs<2>(p + r * CHUNK, pair, pairs, o + (int64_t)r * wide, wide);
-    if (r < rows16) outputs<1>(p + r * CHUNK, pair, pairs, o + (int64_t)r * wide, wide);
+    for (int r = 0; r < t.rows; r += 16) weigh_lines(p + r * CHUNK, pair, pairs, o + (int64_t)r * wide, wide);
   }
   _tile_release();
   if (t.sanitize) add_marks(t, marks, wide);
