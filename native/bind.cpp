@@ -71,9 +71,9 @@ Attention attention(const View& q, const View& k, const View& v, std::optional<V
 }
 
 void choose_blocks(Attention& a, const View& row_ptr, const View& block_index, std::optional<View> row_mask, int64_t heads,
-                   int64_t batch, int64_t q_block, int64_t kv_block, int64_t lead) {
+                   int64_t batch, int64_t q_block, int64_t kv_block, int64_t lead, std::optional<int64_t> kv_len) {
   // indices come from whoever made the selection: none may point outside of the keys
-  const int64_t tiles = (a.q.shape[2] + lead + q_block - 1) / q_block, blocks = (a.k.shape[2] + kv_block - 1) / kv_block;
+  const int64_t tiles = (a.q.shape[2] + lead + q_block - 1) / q_block, blocks = (kv_len.value_or(a.k.shape[2]) + kv_block - 1) / kv_block;
   const int64_t *ptr = static_cast<const int64_t*>(row_ptr.data), rows = batch * heads * tiles, entries = block_index.shape[3];
   const int32_t* index = static_cast<const int32_t*>(block_index.data);
   bool fits = row_ptr.shape[3] == rows + 1 && ptr[0] == 0 && ptr[rows] == entries;
@@ -138,7 +138,7 @@ NB_MODULE(_native, m) {
            "q"_a, "k"_a, "v"_a, "mask"_a.none(), "bias"_a.none(), "key_mask"_a.none(), "sink"_a.none(), "edges"_a.none(),
            "causal"_a, "window"_a.none(), "scale"_a, "softcap"_a.none(), "threads"_a)
       .def("choose_blocks", &choose_blocks, "row_ptr"_a, "block_index"_a, "row_mask"_a.none(), "heads"_a, "batch"_a, "q_block"_a,
-           "kv_block"_a, "lead"_a)
+           "kv_block"_a, "lead"_a, "kv_len"_a.none() = nb::none())
       .def("choose_ranges", &choose_ranges, "prefix"_a, "window"_a, "two_sided"_a);
   m.def("attend",
         [](const Attention& a, const View& out, const View& lse) { attend(a, out, static_cast<float*>(lse.data)); },

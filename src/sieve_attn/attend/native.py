@@ -7,11 +7,14 @@ rounded to bf16 before they meet the values (their sum is not). Threads: torch's
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sieve_attn import arrays, native
 from sieve_attn.bounds import Rounding
 from sieve_attn.types import Call, Ranges, Selection
+
+if TYPE_CHECKING:
+    from sieve_attn.attend.paged import Pages
 
 Array = Any
 
@@ -48,6 +51,31 @@ def attend(call: Call, selection: Selection, far_field: None = None) -> tuple[Ar
         else:
             native.module().attend(prepared, native.view(output), native.view(lse))
         del keep_alive
+    return output, lse
+
+
+def attend_paged(pages: Pages) -> tuple[Array, Array]:
+    """``(output, lse)`` of a few queries a sequence over a cache in pages; see :mod:`sieve_attn.attend.paged`."""
+    xp = arrays.namespace(pages.query)
+    batch, heads, q_len, _ = pages.query.shape
+    output = xp.empty((batch, heads, q_len, pages.value.shape[3]), pages.query.dtype, pages.query)
+    lse = xp.empty((batch, heads, q_len), xp.float32, pages.query)
+    sink = None if pages.sink is None else xp.contiguous(xp.cast(pages.sink, xp.float32))
+    held = [native.view(x) for x in (pages.query, pages.key, pages.value)]
+    prepared = native.module().Attention(
+        *held, mask=None, bias=None, key_mask=None, sink=None if sink is None else native.view(sink), edges=None, causal=True,
+        window=pages.window, scale=float(pages.scale), softcap=pages.softcap, threads=native.threads(pages.query),
+    )  # fmt: skip
+    chosen = pages.selection
+    if chosen is not None:
+        part = chosen.parts[0]
+        arrays_of = [xp.contiguous(part.row_ptr), xp.contiguous(part.block_index)]
+        prepared.choose_blocks(
+            *(native.view(x) for x in arrays_of), None, heads=part.heads, batch=part.batch, q_block=part.q_block,
+            kv_block=part.kv_block, lead=part.lead, kv_len=part.kv_len,
+        )  # fmt: skip
+    table, lengths = xp.contiguous(pages.block_table), xp.contiguous(pages.lengths)
+    native.module().decode(prepared, native.view(table), native.view(lengths), native.view(output), native.view(lse))
     return output, lse
 
 
