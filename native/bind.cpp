@@ -12,6 +12,7 @@
 #include "decode.h"
 #include "kernels.h"
 #include "level.h"
+#include "scan.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -119,6 +120,75 @@ Pages pages_of(const Attention& a, const View& table, const View& length) {
   return p;
 }
 
+const std::pair<const char*, Scorer> SCORERS[] = {{"sketch", SKETCH}, {"mean", MEAN}, {"euclidean", EUCLIDEAN}};
+const std::pair<const char*, Rule> RULES[] = {{"top_k", TOP_K},         {"target_sparsity", TARGET_SPARSITY},
+                                              {"threshold", THRESHOLD}, {"relative_threshold", RELATIVE_THRESHOLD},
+                                              {"mass", MASS},           {"certified", CERTIFIED}};
+
+template <class T, size_t N>
+T named(const std::pair<const char*, T> (&table)[N], const std::string& name) {
+  for (const auto& [n, value] : table)
+    if (name == n) return value;
+  throw std::invalid_argument("no such part of a policy: " + name);
+}
+
+Gate make_gate(const View& q, const std::string& scorer, const std::string& rule, double amount, double dense_above,
+               const View& count, const View& finite, const View& key_norm, const View& mean, std::optional<View> radius,
+               std::optional<View> key_mask, std::optional<View> sink, bool causal, std::optional<int64_t> window, float scale,
+               int64_t kv_len, int64_t kv_block, int64_t q_tile, int64_t lead, int64_t query_stride, bool share_group, int64_t sinks,
+               int64_t near, double unit, double exponential, int threads) {
+  Gate g{};
+  g.q = q;
+  g.scorer = named(SCORERS, scorer);
+  g.rule = named(RULES, rule);
+  g.amount = amount;
+  g.dense_above = dense_above;
+  g.count = count;
+  g.finite = finite;
+  g.key_norm = key_norm;
+  g.mean = mean;
+  g.radius = radius.value_or(absent);
+  g.key_mask = key_mask.value_or(absent);
+  g.sink = pointer<float>(sink);
+  g.causal = causal;
+  g.window = window.value_or(-1);
+  g.scale = scale;
+  g.kv_len = kv_len;
+  g.kv_block = kv_block;
+  g.q_tile = q_tile;
+  g.lead = lead;
+  g.query_stride = query_stride;
+  g.share_group = share_group;
+  g.sinks = sinks;
+  g.near = near;
+  g.unit = unit;
+  g.exponential = exponential;
+  g.threads = threads;
+  g.digits = 1;
+  return g;
+}
+
+void set_sketch(Gate& g, int bits, int sketch_bits, int digits, const View& planes, int64_t plane_stride, const View& scale,
+                const View& channel_scale, const View& error, const View& metric_error, const View& spectral,
+                const View& metric_spectral) {
+  g.bits = bits;
+  g.sketch_bits = sketch_bits;
+  g.digits = digits;
+  g.planes = planes;
+  g.plane_stride = plane_stride;
+  g.key_scale = scale;
+  g.channel_scale = channel_scale;
+  g.error = error;
+  g.metric_error = metric_error;
+  g.spectral = spectral;
+  g.metric_spectral = metric_spectral;
+}
+
+template <class T>
+void copy_to(const std::vector<T>& from, const View& to) {
+  std::copy(from.begin(), from.end(), static_cast<T*>(to.data));
+}
+
 }  // namespace
 }  // namespace sieve
 
@@ -158,6 +228,39 @@ NB_MODULE(_native, m) {
           decode(a, &pages, out, static_cast<float*>(lse.data));
         },
         "a"_a, "table"_a.none(), "length"_a.none(), "out"_a, "lse"_a, nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<Gate>(m, "Gate")
+      .def("__init__", [](Gate* self, const View& q, const std::string& scorer, const std::string& rule, double amount,
+                          double dense_above, const View& count, const View& finite, const View& key_norm, const View& mean,
+                          std::optional<View> radius, std::optional<View> key_mask, std::optional<View> sink, bool causal,
+                          std::optional<int64_t> window, float scale, int64_t kv_len, int64_t kv_block, int64_t q_tile, int64_t lead,
+                          int64_t query_stride, bool share_group, int64_t sinks, int64_t near, double unit, double exponential,
+                          int threads) {
+             new (self) Gate(make_gate(q, scorer, rule, amount, dense_above, count, finite, key_norm, mean, radius, key_mask, sink,
+                                       causal, window, scale, kv_len, kv_block, q_tile, lead, query_stride, share_group, sinks, near,
+                                       unit, exponential, threads));
+           },
+           "q"_a, "scorer"_a, "rule"_a, "amount"_a, "dense_above"_a, "count"_a, "finite"_a, "key_norm"_a, "mean"_a,
+           "radius"_a.none(), "key_mask"_a.none(), "sink"_a.none(), "causal"_a, "window"_a.none(), "scale"_a, "kv_len"_a,
+           "kv_block"_a, "q_tile"_a, "lead"_a, "query_stride"_a, "share_group"_a, "sinks"_a, "near"_a, "unit"_a, "exponential"_a,
+           "threads"_a)
+      .def("set_sketch", &set_sketch, "bits"_a, "sketch_bits"_a, "digits"_a, "planes"_a, "plane_stride"_a, "scale"_a,
+           "channel_scale"_a, "error"_a, "metric_error"_a, "spectral"_a, "metric_spectral"_a);
+  nb::class_<Chosen>(m, "Chosen")
+      .def_prop_ro("entries", [](const Chosen& c) { return c.block.size(); })
+      .def_prop_ro("dense", [](const Chosen& c) { return std::count(c.dense.begin(), c.dense.end(), 1); })
+      .def_prop_ro("whole", [](const Chosen& c) {
+        int64_t n = 0;
+        for (size_t i = 0; i < c.kept.size(); ++i) n += c.kept[i] == c.visible[i] && c.visible[i] > 0;
+        return n;
+      })
+      .def_ro("planes_read", &Chosen::planes_read)
+      .def("write", [](const Chosen& c, const View& row_ptr, const View& block, const View& kept, const View& visible) {
+        copy_to(c.row_ptr, row_ptr);
+        copy_to(c.block, block);
+        copy_to(c.kept, kept);
+        copy_to(c.visible, visible);
+      });
+  m.def("choose", &choose, "gate"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("level", &level);
   m.def("levels", &levels);
   m.def("force_level", &force_level);

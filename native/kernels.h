@@ -75,6 +75,28 @@ struct LineTile {
   Lines k, v;
 };
 
+constexpr int SCAN_PANELS = 4;  // panels that are scanned together
+constexpr int SCAN_ROWS = 4;    // query rows of a group; every group has its own columns
+
+// Rounded queries of one KV head against bit planes of its keys. A query is a sum of `digits` rows of integers; row r of group g
+// and digit e is row (g * digits + e) * SCAN_ROWS + r of everything below.
+struct Scan {
+  int32_t d, groups, digits;
+  int32_t bits;            // planes that are read
+  const void* query;       // as pack_scan made it
+  const float* factor;     // [groups][digits][SCAN_ROWS] base-2 logits of one unit of twice an integer dot, before the key's scale
+  const int32_t* centre;   // [groups][digits][SCAN_ROWS] (2^bits - 1) * sum of the integers
+  const uint8_t* planes[8];   // plane p of key 0, most significant first
+  int64_t key_stride;      // bytes from key to key
+  const uint16_t* scale;   // fp16 scale of key 0
+  int64_t scale_stride;    // elements
+  int64_t kv_len;
+  const int64_t* low;      // [groups * SCAN_ROWS] the row sees keys low..high-1
+  const int64_t* high;
+  const uint8_t* key_mask; // bool of key 0, or null
+  int64_t key_mask_stride;
+};
+
 struct Kernels {
   bool bf16_tiles;  // whether attend_bf16 exists (AMX)
 
@@ -98,6 +120,25 @@ struct Kernels {
   void (*pack_rows_bf16)(const View& q, int64_t b, const int64_t* head, const int64_t* query, int rows, uint16_t* out);
   // the (o, m, l) of `parts` tiles over different keys of the same rows, added up into the first; each o follows the last
   void (*merge)(const Tile& t, int parts, float* o, float* m, float* l);
+
+  // integers [rows][d], rows a multiple of SCAN_ROWS, packed for planes of `bits` bits
+  int64_t (*scan_bytes)(int32_t d, int32_t rows);
+  void (*pack_scan)(const int8_t* q, int32_t d, int32_t rows, int32_t bits, void* out);
+  // base-2 log mass of the visible keys of panels first..first+SCAN_PANELS-1: mass [panel][groups][SCAN_ROWS] (of this call), and
+  // the largest key scale of each; `scratch` holds scan_scratch bytes
+  void (*scan)(const Scan& s, int64_t first, float* mass, float* largest, void* scratch);
+  int64_t (*scan_scratch)(int32_t d, int32_t rows);
+  // dots [count][rows up to SCAN_ROWS] of items of `d` floats with rows of queries
+  void (*dot_rows)(const float* q, int32_t rows, int32_t d, const void* items, DType dtype, int64_t stride, int64_t count, float* out);
+
+  // tables [n][rows] of base-2 log masses, rows a multiple of SCAN_ROWS
+  void (*fold)(const float* mass, int64_t n, int64_t each, int64_t rows, float* out);  // n panels to ceil(n / each) blocks
+  void (*row_mass)(const float* mass, int64_t n, int64_t rows, float* out);            // [rows] the log mass of everything
+  // [n] the largest of mass - base over the rows
+  void (*best_row)(const float* mass, const float* base, int64_t n, int64_t rows, float* out);
+  void (*powers)(const float* mass, const float* base, int64_t n, int64_t rows, float* out);  // 2^(mass - base)
+  // for each row: the sum of `upper` where it is at most `level`, and of `lower` elsewhere
+  void (*split)(const float* upper, const float* lower, const float* level, int64_t n, int64_t rows, float* below, float* above);
 
   void (*gradient)(const TileGradient& g);
   int64_t (*gradient_scratch)(int32_t d, int32_t dv);

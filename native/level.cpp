@@ -57,7 +57,8 @@ const std::vector<Level>& all() {
 #ifdef SIEVE_HAS_amx
     const bool parts = v512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
                        __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("avx512vnni") &&
-                       __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+                       __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+                       __builtin_cpu_supports("gfni");
     list.push_back({"amx", &amx::table, parts && amx_allowed()});
 #endif
 #endif

@@ -21,6 +21,16 @@ void attend_lines_bf16(const LineTile& t);
 int64_t lines_scratch(int32_t d, int32_t dv);
 void pack_rows_bf16(const View& q, int64_t b, const int64_t* head, const int64_t* query, int rows, uint16_t* out);
 void merge(const Tile& t, int parts, float* o, float* m, float* l);
+int64_t scan_bytes(int32_t d, int32_t rows);
+void pack_scan(const int8_t* q, int32_t d, int32_t rows, int32_t bits, void* out);
+void scan(const Scan& s, int64_t first, float* mass, float* largest, void* scratch);
+int64_t scan_scratch(int32_t d, int32_t rows);
+void dot_rows(const float* q, int32_t rows, int32_t d, const void* items, DType dtype, int64_t stride, int64_t count, float* out);
+void fold(const float* mass, int64_t n, int64_t each, int64_t rows, float* out);
+void row_mass(const float* mass, int64_t n, int64_t rows, float* out);
+void best_row(const float* mass, const float* base, int64_t n, int64_t rows, float* out);
+void powers(const float* mass, const float* base, int64_t n, int64_t rows, float* out);
+void split(const float* upper, const float* lower, const float* level, int64_t n, int64_t rows, float* below, float* above);
 void gradient(const TileGradient& g);
 int64_t gradient_scratch(int32_t d, int32_t dv);
 

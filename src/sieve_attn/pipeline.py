@@ -19,6 +19,7 @@ from sieve_attn import geometry as stage_geometry
 from sieve_attn.attend import far_field as far
 from sieve_attn.certify import certify
 from sieve_attn.policies import FAR_FIELD_BOUND, FAR_FIELD_STATISTICS, Policy
+from sieve_attn.selection import native_scan
 from sieve_attn.selection.reference import Tiles, choose
 from sieve_attn.types import Blocks, Call, Certificate, Fallback, Geometry, Ranges, Report, Rows, Scores, Selection, Statistics
 
@@ -103,7 +104,7 @@ def attention(
         else:
             checks.geometry_fits(geometry, key, key_mask, policy.block_size, policy.statistics)
         seconds["geometry"], clock = perf_counter() - clock, perf_counter()
-        selection, counts, fallbacks = select(call, geometry, policy, per_query=per_query)
+        selection, counts, fallbacks = select(call, geometry, policy, per_query=per_query, backend=name)
         seconds["selection"], clock = perf_counter() - clock, perf_counter()
 
     field = None
@@ -160,9 +161,14 @@ def attend(
     return _attend(call, selection, dispatch.choose(backend, _request(call, Policy(), selection))[0], None)
 
 
-def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = False):
-    """Stages 2 and 3, chunk by chunk: ``(selection, (kept, visible) key counts [batch, heads, tiles], fallbacks)``."""
+def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = False, backend: str = "reference"):
+    """Stages 2 and 3, chunk by chunk: ``(selection, (kept, visible) key counts [batch, heads, tiles], fallbacks)``.
+
+    With the ``native`` backend, its gate chooses where it can.
+    """
     xp = arrays.namespace(call.query)
+    if backend == "native" and call.q_len <= native_scan.QUERIES and not native_scan.why_not(call, geometry, policy, per_query):
+        return native_scan.select(call, geometry, policy)
     if policy.selector.needs_brackets:
         # a proof made of rounded products would be none
         from sieve_attn.certify.reference import require_full_precision

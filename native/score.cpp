@@ -1,0 +1,312 @@
+// Scores of the gate: block masses from bit planes, read as far as a proof needs them, or from block means.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "gate.h"
+#include "level.h"
+#include "parallel.h"
+
+namespace sieve {
+
+namespace {
+
+constexpr double LOG2E = 1.4426950408889634;
+constexpr int64_t RANGE = 128;     // panels that one thread scans at a time
+constexpr int64_t SAMPLE = 16;     // every 16th chunk says what the whole may weigh
+constexpr int64_t TRIAL = 8;       // chunks after which a coarse look must have paid
+const float INFINITE = std::numeric_limits<float>::infinity();
+
+template <class T>
+T* entry(const View& x, int64_t b, int64_t h, int64_t i) {
+  return static_cast<T*>(x.data) + b * x.stride[1] + h * x.stride[2] + i * x.stride[3];
+}
+
+// How far masses of one unit may be off, in natural units.
+struct Errors {
+  const Gate& g;
+  const GateUnit& u;
+
+  double margin(const ScanRow& r, double key_norm) const {
+    // products and sums as in bounds.logit_margin; 2^-15 covers the short exponential and the logarithm
+    const double d = static_cast<double>(g.q.shape[3]), keys = static_cast<double>(g.kv_block);
+    return (d + keys + 16) * 0x1p-24 * g.scale * r.norm * key_norm + (keys + 16) * 0x1p-24 + 0x1p-15;
+  }
+
+  // Keys of one panel by their first `bits` planes: `largest` is the largest key scale, the other two bound the full sketch's error.
+  double of(const ScanRow& r, int bits, double largest, double plain, double metric, double key_norm) const {
+    const double levels = std::ldexp(1.0, g.sketch_bits) - 1, hidden = std::ldexp(1.0, g.sketch_bits - bits) - 1;
+    const double coarse = hidden / 2 * largest * r.step * r.size;
+    const double rounded = r.rest * largest * levels / 2 * std::sqrt(static_cast<double>(g.q.shape[3]));
+    const double sketched = std::min(r.norm * plain, r.stretched * metric);
+    return (g.scale * (coarse + rounded + sketched)) * (1 + 1e-6) + margin(r, key_norm + plain);
+  }
+};
+
+double half(uint16_t h) {
+  const int e = h >> 10 & 31, m = h & 1023;
+  if (e == 31) return std::numeric_limits<double>::infinity();
+  return e ? std::ldexp(1024 + m, e - 25) : std::ldexp(m, -24);
+}
+
+// The largest error of the keys of a panel. Positive halves are ordered like their bits.
+double largest_half(const View& x, int64_t b, int64_t h, int64_t first, int64_t last) {
+  uint16_t most = 0;
+  for (int64_t i = first; i < last; ++i) most = std::max(most, *entry<uint16_t>(x, b, h, i));
+  return half(most);
+}
+
+struct Range {
+  size_t unit;
+  int64_t first, last;  // chunks
+};
+
+class SketchScores {
+ public:
+  SketchScores(const Gate& g, std::vector<GateUnit>& units) : g_(g), units_(units), k_(kernels()) {
+    panels_ = (g.kv_len + PANEL_KEYS - 1) / PANEL_KEYS;
+    chunks_ = (panels_ + SCAN_PANELS - 1) / SCAN_PANELS;
+    proves_ = g.rule == CERTIFIED;
+    stages_ = {proves_ ? g.sketch_bits : g.bits};
+    if (proves_)
+      for (int coarse : {4, 2})
+        if (coarse < g.sketch_bits) stages_.insert(stages_.begin(), coarse);
+    packed_.resize(units.size());
+    for (size_t i = 0; i < units.size(); ++i) {
+      packed_[i].resize(stages_.size());
+      for (size_t s = 0; s < stages_.size(); ++s) pack(g, units[i], stages_[s], packed_[i][s]);
+      units[i].mass = Buffer<float>(chunks_ * SCAN_PANELS * units[i].width);
+      if (proves_) units[i].error = Buffer<float>(chunks_ * SCAN_PANELS * units[i].width);
+      deepest_ = std::max(deepest_, static_cast<int64_t>(units[i].width));
+    }
+  }
+
+  int64_t run() {
+    std::vector<Range> ranges;
+    for (size_t i = 0; i < units_.size(); ++i)
+      for (int64_t c = 0; c < chunks_; c += RANGE / SCAN_PANELS) ranges.push_back({i, c, std::min(chunks_, c + RANGE / SCAN_PANELS)});
+    const int64_t d = g_.q.shape[3];
+    std::vector<Buffer<char>> scratch;
+    for (int i = 0; i < std::max(g_.threads, 1); ++i)
+      scratch.emplace_back(k_.scan_scratch(static_cast<int32_t>(d), static_cast<int32_t>(deepest_ * g_.digits)));
+    std::vector<int64_t> read(ranges.size());
+    if (proves_) {
+      levels_.resize(units_.size());
+      parallel_for(static_cast<int64_t>(units_.size()), g_.threads, [&](int64_t i, int thread) { sample(i, scratch[thread].get()); });
+    }
+    parallel_for(static_cast<int64_t>(ranges.size()), g_.threads, [&](int64_t i, int thread) {
+      read[i] = proves_ ? refine(ranges[i], scratch[thread].get()) : rank(ranges[i], scratch[thread].get());
+    });
+    int64_t total = 0;
+    for (int64_t n : read) total += n;
+    return total;
+  }
+
+ private:
+  const Gate& g_;
+  std::vector<GateUnit>& units_;
+  const Kernels& k_;
+  int64_t panels_, chunks_, deepest_ = 0;
+  bool proves_;
+  std::vector<int> stages_;
+  std::vector<std::vector<Packed>> packed_;
+  std::vector<std::vector<float>> levels_;  // by unit and row: blocks below it need no closer look
+
+  bool hidden(const GateUnit& u, int64_t chunk) const {
+    const int64_t from = chunk * SCAN_PANELS * PANEL_KEYS, to = from + SCAN_PANELS * PANEL_KEYS;
+    for (const ScanRow& r : u.rows)
+      if (r.low < to && r.high > from) return false;
+    return true;
+  }
+
+  void blank(GateUnit& u, int64_t chunk) const {
+    std::fill_n(u.mass.get() + chunk * SCAN_PANELS * u.width, SCAN_PANELS * u.width, -INFINITE);
+    if (proves_) std::fill_n(u.error.get() + chunk * SCAN_PANELS * u.width, SCAN_PANELS * u.width, 0.0f);
+  }
+
+  int64_t rank(const Range& range, char* scratch) {
+    GateUnit& u = units_[range.unit];
+    const Scan& s = packed_[range.unit][0].scan;
+    float largest[SCAN_PANELS];
+    int64_t read = 0;
+    for (int64_t c = range.first; c < range.last; ++c) {
+      if (hidden(u, c)) {
+        blank(u, c);
+        continue;
+      }
+      k_.scan(s, c * SCAN_PANELS, u.mass.get() + c * SCAN_PANELS * u.width, largest, scratch);
+      read += s.bits * SCAN_PANELS * PANEL_KEYS;
+    }
+    return read;
+  }
+
+  // One chunk by the planes of a stage, with its errors. True where no block of it may matter to any row.
+  bool look(size_t unit, size_t stage, int64_t c, char* scratch, const float* level) {
+    GateUnit& u = units_[unit];
+    const Scan& s = packed_[unit][stage].scan;
+    const bool full = stage + 1 == stages_.size();
+    const Errors errors{g_, u};
+    float largest[SCAN_PANELS];
+    float* mass = u.mass.get() + c * SCAN_PANELS * u.width;
+    float* error = u.error.get() + c * SCAN_PANELS * u.width;
+    k_.scan(s, c * SCAN_PANELS, mass, largest, scratch);
+    bool small = level != nullptr;
+    for (int64_t p = 0; p < SCAN_PANELS; ++p) {
+      const int64_t key = (c * SCAN_PANELS + p) * PANEL_KEYS, end = std::min(g_.kv_len, key + PANEL_KEYS);
+      const int64_t block = std::min(key / g_.kv_block, (g_.kv_len - 1) / g_.kv_block);
+      double plain, metric;
+      if (full) {
+        plain = largest_half(g_.error, u.batch, u.kv_head, key, end);
+        metric = largest_half(g_.metric_error, u.batch, u.kv_head, key, end);
+      } else {  // no row of a block is longer than its spectral norm
+        plain = std::sqrt(static_cast<double>(*entry<float>(g_.spectral, u.batch, u.kv_head, block))) * (1 + 1e-6);
+        metric = std::sqrt(static_cast<double>(*entry<float>(g_.metric_spectral, u.batch, u.kv_head, block))) * (1 + 1e-6);
+      }
+      const double norm = *entry<float>(g_.key_norm, u.batch, u.kv_head, block);
+      for (size_t r = 0; r < u.rows.size(); ++r) {
+        const float e = static_cast<float>(errors.of(u.rows[r], s.bits, largest[p], plain, metric, norm) * LOG2E * (1 + 1e-6));
+        error[p * u.width + r] = e;
+        if (small) small = mass[p * u.width + r] + e <= level[r];
+      }
+      for (int64_t r = static_cast<int64_t>(u.rows.size()); r < u.width; ++r) error[p * u.width + r] = 0;
+    }
+    return small;
+  }
+
+  // Looks closely at every SAMPLE-th chunk; what is far below the mass that this suggests need not be known closely. Only which
+  // planes are read depends on it: whatever was read, its error is known.
+  void sample(size_t i, char* scratch) {
+    GateUnit& u = units_[i];
+    std::vector<double> most(u.rows.size(), -1e300), total(u.rows.size(), 0.0);
+    int64_t looked = 0;
+    for (int64_t c = 0; c < chunks_; c += SAMPLE) {
+      if (hidden(u, c)) continue;
+      ++looked;
+      look(i, stages_.size() - 1, c, scratch, nullptr);
+      const float* mass = u.mass.get() + c * SCAN_PANELS * u.width;
+      for (size_t r = 0; r < u.rows.size(); ++r)
+        for (int64_t p = 0; p < SCAN_PANELS; ++p) {
+          const double x = mass[p * u.width + r];
+          if (!(x > -1e30)) continue;
+          if (x > most[r]) {
+            total[r] *= std::exp2(most[r] - x);
+            most[r] = x;
+          }
+          total[r] += std::exp2(x - most[r]);
+        }
+    }
+    const double share = g_.amount / (1 - g_.amount) / 4 / static_cast<double>(std::max<int64_t>(panels_, 1));
+    levels_[i].assign(u.width, -INFINITE);
+    for (size_t r = 0; r < u.rows.size(); ++r)
+      if (total[r] > 0 && looked)
+        levels_[i][r] = static_cast<float>(most[r] + std::log2(total[r] * static_cast<double>(SAMPLE)) + std::log2(share));
+  }
+
+  int64_t refine(const Range& range, char* scratch) {
+    GateUnit& u = units_[range.unit];
+    const size_t last = stages_.size() - 1;
+    int64_t read = 0;
+    int64_t tried[3] = {}, settled[3] = {};
+    for (int64_t c = range.first; c < range.last; ++c) {
+      if (hidden(u, c)) {
+        blank(u, c);
+        continue;
+      }
+      if (c % SAMPLE == 0) {
+        read += stages_[last] * SCAN_PANELS * PANEL_KEYS;
+        continue;  // known already
+      }
+      bool done = false;
+      int known = 0;
+      for (size_t s = 0; s < last && !done; ++s) {
+        if (tried[s] >= TRIAL && settled[s] * 3 < tried[s]) continue;  // such keys are not settled by so few bits
+        done = look(range.unit, s, c, scratch, levels_[range.unit].data());
+        ++tried[s];
+        settled[s] += done;
+        known = stages_[s];
+      }
+      if (!done) {
+        look(range.unit, last, c, scratch, nullptr);
+        known = stages_[last];
+      }
+      read += known * SCAN_PANELS * PANEL_KEYS;
+    }
+    return read;
+  }
+};
+
+int64_t score_means(const Gate& g, std::vector<GateUnit>& units) {
+  const Kernels& k = kernels();
+  const int64_t d = g.q.shape[3], blocks = g.mean.shape[2], step = 256;
+  const int64_t parts = (blocks + step - 1) / step;
+  for (GateUnit& u : units) u.mass = Buffer<float>(blocks * u.width);
+  parallel_for(static_cast<int64_t>(units.size()) * parts, g.threads, [&](int64_t item, int) {
+    GateUnit& u = units[item / parts];
+    const int64_t first = item % parts * step, last = std::min(blocks, first + step);
+    float* mass = u.mass.get() + first * u.width;
+    k.dot_rows(u.floats.data(), static_cast<int32_t>(u.width), static_cast<int32_t>(d), at(g.mean, u.batch, u.kv_head, first, 0), F32,
+               g.mean.stride[2], last - first, mass);
+    for (int64_t b = first; b < last; ++b, mass += u.width) {
+      const int64_t from = b * g.kv_block, to = std::min(g.kv_len, from + g.kv_block);
+      const int32_t count = *entry<int32_t>(g.count, u.batch, u.kv_head, b);
+      const double size = g.scorer == MEAN ? std::log2(static_cast<double>(count)) : 0.0;
+      const double reach = g.scorer == EUCLIDEAN ? g.scale * *entry<float>(g.radius, u.batch, u.kv_head, b) : 0.0;
+      for (int64_t r = 0; r < u.width; ++r) {
+        if (u.low[r] >= to || u.high[r] <= from) {
+          mass[r] = -INFINITE;
+          continue;
+        }
+        const double norm = r < static_cast<int64_t>(u.rows.size()) ? u.rows[r].norm : 0.0;
+        const double x = (g.scale * static_cast<double>(mass[r]) + reach * norm) * LOG2E + size;
+        // keys after the query are in the summary of a block that is cut: it is kept anyway and must not rank others down
+        mass[r] = u.low[r] > from || u.high[r] < to || !(x > -1e30) ? -1e30f : static_cast<float>(x);
+      }
+    }
+  });
+  return 0;
+}
+
+}  // namespace
+
+void pack(const Gate& g, const GateUnit& u, int bits, Packed& out) {
+  const Kernels& k = kernels();
+  const int32_t d = static_cast<int32_t>(g.q.shape[3]), groups = static_cast<int32_t>(u.width / SCAN_ROWS);
+  const int32_t rows = groups * g.digits * SCAN_ROWS;
+  out.query = Buffer<char>(k.scan_bytes(d, rows));
+  k.pack_scan(u.integers.data(), d, rows, bits, out.query.get());
+  out.factor.assign(rows, 0.0f);
+  out.centre.assign(rows, 0);
+  for (int32_t i = 0; i < rows; ++i) {
+    const size_t r = static_cast<size_t>(i / (g.digits * SCAN_ROWS) * SCAN_ROWS + i % SCAN_ROWS);
+    const int32_t digit = i / SCAN_ROWS % g.digits;
+    int32_t sum = 0;
+    for (int32_t c = 0; c < d; ++c) sum += u.integers[static_cast<size_t>(i) * d + c];
+    out.centre[i] = ((1 << bits) - 1) * sum;
+    if (r < u.rows.size())
+      out.factor[i] = static_cast<float>(g.scale * LOG2E * u.rows[r].step * std::ldexp(0.5, g.sketch_bits - bits) / std::pow(254.0, digit));
+  }
+  Scan& s = out.scan;
+  s = Scan{};
+  s.d = d;
+  s.groups = groups;
+  s.digits = g.digits;
+  s.bits = bits;
+  s.query = out.query.get();
+  s.factor = out.factor.data();
+  s.centre = out.centre.data();
+  for (int b = 0; b < bits; ++b) s.planes[b] = reinterpret_cast<uint8_t*>(at(g.planes, u.batch, u.kv_head, 0, 0)) + b * g.plane_stride;
+  s.key_stride = g.planes.stride[2];
+  s.scale = entry<uint16_t>(g.key_scale, u.batch, u.kv_head, 0);
+  s.scale_stride = g.key_scale.stride[3];
+  s.kv_len = g.kv_len;
+  s.low = u.low.data();
+  s.high = u.high.data();
+  s.key_mask = g.key_mask.data ? static_cast<const uint8_t*>(g.key_mask.data) + u.batch * g.key_mask.stride[2] : nullptr;
+  s.key_mask_stride = g.key_mask.stride[3];
+}
+
+int64_t score(const Gate& g, std::vector<GateUnit>& units) {
+  return g.scorer == SKETCH ? SketchScores(g, units).run() : score_means(g, units);
+}
+
+}  // namespace sieve
