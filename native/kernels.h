@@ -124,9 +124,9 @@ struct Kernels {
   // integers [rows][d], rows a multiple of SCAN_ROWS, packed for planes of `bits` bits
   int64_t (*scan_bytes)(int32_t d, int32_t rows);
   void (*pack_scan)(const int8_t* q, int32_t d, int32_t rows, int32_t bits, void* out);
-  // base-2 log mass of the visible keys of panels first..first+SCAN_PANELS-1: mass [panel][groups][SCAN_ROWS] (of this call), and
-  // the largest key scale of each; `scratch` holds scan_scratch bytes
-  void (*scan)(const Scan& s, int64_t first, float* mass, float* largest, void* scratch);
+  // base-2 log mass of the visible keys of `chunks` x SCAN_PANELS panels from `first`: mass [panel][groups][SCAN_ROWS] (of this
+  // call), and the largest key scale of each; `scratch` holds scan_scratch bytes
+  void (*scan)(const Scan& s, int64_t first, int64_t chunks, float* mass, float* largest, void* scratch);
   int64_t (*scan_scratch)(int32_t d, int32_t rows);
   // dots [count][rows up to SCAN_ROWS] of items of `d` floats with rows of queries
   void (*dot_rows)(const float* q, int32_t rows, int32_t d, const void* items, DType dtype, int64_t stride, int64_t count, float* out);

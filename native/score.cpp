@@ -14,7 +14,6 @@ namespace {
 constexpr double LOG2E = 1.4426950408889634;
 constexpr int64_t RANGE = 128;     // panels that one thread scans at a time
 constexpr int64_t SAMPLE = 16;     // every 16th chunk says what the whole may weigh
-constexpr int64_t TRIAL = 8;       // chunks after which a coarse look must have paid
 const float INFINITE = std::numeric_limits<float>::infinity();
 
 template <class T>
@@ -22,37 +21,42 @@ T* entry(const View& x, int64_t b, int64_t h, int64_t i) {
   return static_cast<T*>(x.data) + b * x.stride[1] + h * x.stride[2] + i * x.stride[3];
 }
 
-// How far masses of one unit may be off, in natural units.
+// How far base-2 masses of a row may be off when its keys are known by some of the planes: factors of what bounds a panel.
 struct Errors {
-  const Gate& g;
-  const GateUnit& u;
+  float scale;          // of the largest key scale: hidden planes and the rounding of the query
+  float plain, metric;  // of the norms of the full sketch's errors, of which the smaller product counts
+  float norm;           // of the key norm: rounded products and sums, as in bounds.logit_margin
+  float rest;           // 2^-15 covers the short exponential and the logarithm
 
-  double margin(const ScanRow& r, double key_norm) const {
-    // products and sums as in bounds.logit_margin; 2^-15 covers the short exponential and the logarithm
-    const double d = static_cast<double>(g.q.shape[3]), keys = static_cast<double>(g.kv_block);
-    return (d + keys + 16) * 0x1p-24 * g.scale * r.norm * key_norm + (keys + 16) * 0x1p-24 + 0x1p-15;
-  }
-
-  // Keys of one panel by their first `bits` planes: `largest` is the largest key scale, the other two bound the full sketch's error.
-  double of(const ScanRow& r, int bits, double largest, double plain, double metric, double key_norm) const {
-    const double levels = std::ldexp(1.0, g.sketch_bits) - 1, hidden = std::ldexp(1.0, g.sketch_bits - bits) - 1;
-    const double coarse = hidden / 2 * largest * r.step * r.size;
-    const double rounded = r.rest * largest * levels / 2 * std::sqrt(static_cast<double>(g.q.shape[3]));
-    const double sketched = std::min(r.norm * plain, r.stretched * metric);
-    return (g.scale * (coarse + rounded + sketched)) * (1 + 1e-6) + margin(r, key_norm + plain);
+  float of(float largest, float by_plain, float by_metric, float key_norm) const {
+    return scale * largest + std::min(plain * by_plain, metric * by_metric) + norm * (key_norm + by_plain) + rest;
   }
 };
 
-double half(uint16_t h) {
+Errors errors_of(const Gate& g, const ScanRow& r, int bits) {
+  const double d = static_cast<double>(g.q.shape[3]), keys = static_cast<double>(g.kv_block);
+  const double levels = std::ldexp(1.0, g.sketch_bits) - 1, hidden = std::ldexp(1.0, g.sketch_bits - bits) - 1;
+  const double unit = LOG2E * (1 + 1e-5);  // outward, for the rounding of Errors::of
+  const auto outward = [&](double x) { return static_cast<float>(x * unit); };
+  return {outward(g.scale * (hidden / 2 * r.step * r.size + r.rest * levels / 2 * std::sqrt(d))), outward(g.scale * r.norm),
+          outward(g.scale * r.stretched), outward((d + keys + 16) * 0x1p-24 * g.scale * r.norm),
+          outward((keys + 16) * 0x1p-24 + 0x1p-15)};
+}
+
+float half(uint16_t h) {
   const int e = h >> 10 & 31, m = h & 1023;
-  if (e == 31) return std::numeric_limits<double>::infinity();
-  return e ? std::ldexp(1024 + m, e - 25) : std::ldexp(m, -24);
+  if (e == 31) return INFINITE;
+  return static_cast<float>(e ? std::ldexp(1024 + m, e - 25) : std::ldexp(m, -24));
 }
 
 // The largest error of the keys of a panel. Positive halves are ordered like their bits.
-double largest_half(const View& x, int64_t b, int64_t h, int64_t first, int64_t last) {
+float largest_half(const View& x, int64_t b, int64_t h, int64_t first, int64_t last) {
+  const uint16_t* from = entry<uint16_t>(x, b, h, first);
   uint16_t most = 0;
-  for (int64_t i = first; i < last; ++i) most = std::max(most, *entry<uint16_t>(x, b, h, i));
+  if (x.stride[3] == 1)
+    for (int64_t i = 0; i < last - first; ++i) most = from[i] > most ? from[i] : most;
+  else
+    for (int64_t i = 0; i < last - first; ++i) most = std::max(most, from[i * x.stride[3]]);
   return half(most);
 }
 
@@ -72,9 +76,16 @@ class SketchScores {
       for (int coarse : {4, 2})
         if (coarse < g.sketch_bits) stages_.insert(stages_.begin(), coarse);
     packed_.resize(units.size());
+    errors_.resize(units.size());
+    used_.resize(units.size());
+    levels_.resize(units.size());
     for (size_t i = 0; i < units.size(); ++i) {
       packed_[i].resize(stages_.size());
-      for (size_t s = 0; s < stages_.size(); ++s) pack(g, units[i], stages_[s], packed_[i][s]);
+      errors_[i].resize(stages_.size());
+      for (size_t s = 0; s < stages_.size(); ++s) {
+        pack(g, units[i], stages_[s], packed_[i][s]);
+        for (const ScanRow& r : units[i].rows) errors_[i][s].push_back(errors_of(g, r, stages_[s]));
+      }
       units[i].mass = Buffer<float>(chunks_ * SCAN_PANELS * units[i].width);
       if (proves_) units[i].error = Buffer<float>(chunks_ * SCAN_PANELS * units[i].width);
       deepest_ = std::max(deepest_, static_cast<int64_t>(units[i].width));
@@ -91,7 +102,6 @@ class SketchScores {
       scratch.emplace_back(k_.scan_scratch(static_cast<int32_t>(d), static_cast<int32_t>(deepest_ * g_.digits)));
     std::vector<int64_t> read(ranges.size());
     if (proves_) {
-      levels_.resize(units_.size());
       parallel_for(static_cast<int64_t>(units_.size()), g_.threads, [&](int64_t i, int thread) { sample(i, scratch[thread].get()); });
     }
     parallel_for(static_cast<int64_t>(ranges.size()), g_.threads, [&](int64_t i, int thread) {
@@ -110,6 +120,8 @@ class SketchScores {
   bool proves_;
   std::vector<int> stages_;
   std::vector<std::vector<Packed>> packed_;
+  std::vector<std::vector<std::vector<Errors>>> errors_;  // by unit, stage and row
+  std::vector<std::vector<uint8_t>> used_;                // by unit and stage
   std::vector<std::vector<float>> levels_;  // by unit and row: blocks below it need no closer look
 
   bool hidden(const GateUnit& u, int64_t chunk) const {
@@ -127,62 +139,68 @@ class SketchScores {
   int64_t rank(const Range& range, char* scratch) {
     GateUnit& u = units_[range.unit];
     const Scan& s = packed_[range.unit][0].scan;
-    float largest[SCAN_PANELS];
+    float largest[RANGE];
     int64_t read = 0;
-    for (int64_t c = range.first; c < range.last; ++c) {
+    for (int64_t c = range.first; c < range.last;) {
       if (hidden(u, c)) {
-        blank(u, c);
+        blank(u, c++);
         continue;
       }
-      k_.scan(s, c * SCAN_PANELS, u.mass.get() + c * SCAN_PANELS * u.width, largest, scratch);
-      read += s.bits * SCAN_PANELS * PANEL_KEYS;
+      int64_t end = c + 1;
+      while (end < range.last && !hidden(u, end)) ++end;
+      k_.scan(s, c * SCAN_PANELS, end - c, u.mass.get() + c * SCAN_PANELS * u.width, largest, scratch);
+      read += s.bits * (end - c) * SCAN_PANELS * PANEL_KEYS;
+      c = end;
     }
     return read;
   }
 
-  // One chunk by the planes of a stage, with its errors. True where no block of it may matter to any row.
-  bool look(size_t unit, size_t stage, int64_t c, char* scratch, const float* level) {
+  // Chunks first..last-1 by the planes of a stage, with their errors. `open` is cleared where no block of a chunk may matter.
+  void look(size_t unit, size_t stage, int64_t first, int64_t last, char* scratch, uint8_t* open) {
     GateUnit& u = units_[unit];
-    const Scan& s = packed_[unit][stage].scan;
     const bool full = stage + 1 == stages_.size();
-    const Errors errors{g_, u};
-    float largest[SCAN_PANELS];
-    float* mass = u.mass.get() + c * SCAN_PANELS * u.width;
-    float* error = u.error.get() + c * SCAN_PANELS * u.width;
-    k_.scan(s, c * SCAN_PANELS, mass, largest, scratch);
-    bool small = level != nullptr;
-    for (int64_t p = 0; p < SCAN_PANELS; ++p) {
-      const int64_t key = (c * SCAN_PANELS + p) * PANEL_KEYS, end = std::min(g_.kv_len, key + PANEL_KEYS);
+    const std::vector<Errors>& errors = errors_[unit][stage];
+    const float* level = levels_[unit].data();
+    float largest[RANGE];
+    float* mass = u.mass.get() + first * SCAN_PANELS * u.width;
+    float* error = u.error.get() + first * SCAN_PANELS * u.width;
+    k_.scan(packed_[unit][stage].scan, first * SCAN_PANELS, last - first, mass, largest, scratch);
+    for (int64_t p = 0; p < (last - first) * SCAN_PANELS; ++p, mass += u.width, error += u.width) {
+      const int64_t key = (first * SCAN_PANELS + p) * PANEL_KEYS, end = std::min(g_.kv_len, key + PANEL_KEYS);
       const int64_t block = std::min(key / g_.kv_block, (g_.kv_len - 1) / g_.kv_block);
-      double plain, metric;
+      float plain, metric;
       if (full) {
         plain = largest_half(g_.error, u.batch, u.kv_head, key, end);
         metric = largest_half(g_.metric_error, u.batch, u.kv_head, key, end);
       } else {  // no row of a block is longer than its spectral norm
-        plain = std::sqrt(static_cast<double>(*entry<float>(g_.spectral, u.batch, u.kv_head, block))) * (1 + 1e-6);
-        metric = std::sqrt(static_cast<double>(*entry<float>(g_.metric_spectral, u.batch, u.kv_head, block))) * (1 + 1e-6);
+        plain = std::sqrt(*entry<float>(g_.spectral, u.batch, u.kv_head, block)) * (1 + 1e-6f);
+        metric = std::sqrt(*entry<float>(g_.metric_spectral, u.batch, u.kv_head, block)) * (1 + 1e-6f);
       }
-      const double norm = *entry<float>(g_.key_norm, u.batch, u.kv_head, block);
+      const float norm = *entry<float>(g_.key_norm, u.batch, u.kv_head, block);
+      bool small = true;
       for (size_t r = 0; r < u.rows.size(); ++r) {
-        const float e = static_cast<float>(errors.of(u.rows[r], s.bits, largest[p], plain, metric, norm) * LOG2E * (1 + 1e-6));
-        error[p * u.width + r] = e;
-        if (small) small = mass[p * u.width + r] + e <= level[r];
+        error[r] = errors[r].of(largest[p], plain, metric, norm);
+        small &= mass[r] + error[r] <= level[r];
       }
-      for (int64_t r = static_cast<int64_t>(u.rows.size()); r < u.width; ++r) error[p * u.width + r] = 0;
+      for (int64_t r = static_cast<int64_t>(u.rows.size()); r < u.width; ++r) error[r] = 0;
+      if (open) open[p / SCAN_PANELS] |= !small;
     }
-    return small;
   }
 
-  // Looks closely at every SAMPLE-th chunk; what is far below the mass that this suggests need not be known closely. Only which
-  // planes are read depends on it: whatever was read, its error is known.
+  // Looks closely at every SAMPLE-th chunk. What is far below the mass that this suggests need not be known closely, and a stage
+  // that would not settle a third of the sample is passed over. Only which planes are read depends on it: whatever was read, its
+  // error is known.
   void sample(size_t i, char* scratch) {
     GateUnit& u = units_[i];
+    const size_t last = stages_.size() - 1;
+    levels_[i].assign(u.width, -INFINITE);
+    used_[i].assign(stages_.size(), 1);
     std::vector<double> most(u.rows.size(), -1e300), total(u.rows.size(), 0.0);
-    int64_t looked = 0;
+    std::vector<int64_t> looked;
     for (int64_t c = 0; c < chunks_; c += SAMPLE) {
       if (hidden(u, c)) continue;
-      ++looked;
-      look(i, stages_.size() - 1, c, scratch, nullptr);
+      looked.push_back(c);
+      look(i, last, c, c + 1, scratch, nullptr);
       const float* mass = u.mass.get() + c * SCAN_PANELS * u.width;
       for (size_t r = 0; r < u.rows.size(); ++r)
         for (int64_t p = 0; p < SCAN_PANELS; ++p) {
@@ -196,40 +214,44 @@ class SketchScores {
         }
     }
     const double share = g_.amount / (1 - g_.amount) / 4 / static_cast<double>(std::max<int64_t>(panels_, 1));
-    levels_[i].assign(u.width, -INFINITE);
     for (size_t r = 0; r < u.rows.size(); ++r)
-      if (total[r] > 0 && looked)
-        levels_[i][r] = static_cast<float>(most[r] + std::log2(total[r] * static_cast<double>(SAMPLE)) + std::log2(share));
+      if (total[r] > 0) levels_[i][r] = static_cast<float>(most[r] + std::log2(total[r] * static_cast<double>(SAMPLE)) + std::log2(share));
+    for (size_t s = 0; s < last; ++s) {
+      int64_t tried = 0, settled = 0;
+      for (size_t n = 0; n < looked.size(); n += 4, ++tried) {
+        uint8_t open = 0;
+        look(i, s, looked[n], looked[n] + 1, scratch, &open);
+        settled += !open;
+        look(i, last, looked[n], looked[n] + 1, scratch, nullptr);
+      }
+      used_[i][s] = settled * 3 >= tried;
+    }
   }
 
   int64_t refine(const Range& range, char* scratch) {
     GateUnit& u = units_[range.unit];
     const size_t last = stages_.size() - 1;
+    uint8_t open[RANGE / SCAN_PANELS];
     int64_t read = 0;
-    int64_t tried[3] = {}, settled[3] = {};
     for (int64_t c = range.first; c < range.last; ++c) {
-      if (hidden(u, c)) {
-        blank(u, c);
-        continue;
+      const bool nothing = hidden(u, c);
+      if (nothing) blank(u, c);
+      open[c - range.first] = !nothing && c % SAMPLE != 0;
+      read += !nothing && c % SAMPLE == 0 ? stages_[last] * SCAN_PANELS * PANEL_KEYS : 0;
+    }
+    for (size_t s = 0; s <= last; ++s) {
+      if (!used_[range.unit][s]) continue;
+      for (int64_t c = range.first; c < range.last;) {
+        int64_t end = c;
+        while (end < range.last && open[end - range.first]) open[end++ - range.first] = 0;
+        if (end == c) {
+          ++c;
+          continue;
+        }
+        look(range.unit, s, c, end, scratch, open + (c - range.first));
+        read += stages_[s] * (end - c) * SCAN_PANELS * PANEL_KEYS;
+        c = end;
       }
-      if (c % SAMPLE == 0) {
-        read += stages_[last] * SCAN_PANELS * PANEL_KEYS;
-        continue;  // known already
-      }
-      bool done = false;
-      int known = 0;
-      for (size_t s = 0; s < last && !done; ++s) {
-        if (tried[s] >= TRIAL && settled[s] * 3 < tried[s]) continue;  // such keys are not settled by so few bits
-        done = look(range.unit, s, c, scratch, levels_[range.unit].data());
-        ++tried[s];
-        settled[s] += done;
-        known = stages_[s];
-      }
-      if (!done) {
-        look(range.unit, last, c, scratch, nullptr);
-        known = stages_[last];
-      }
-      read += known * SCAN_PANELS * PANEL_KEYS;
     }
     return read;
   }

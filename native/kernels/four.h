@@ -47,10 +47,25 @@ static inline vf over_keys(vf x, bool largest) {
 #endif
 }
 
+// Four numbers, for every key of a vector.
 static inline vf four(const float* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+#else
   vf x;
   for (int i = 0; i < LANES; ++i) x[i] = p[i % SCAN_ROWS];
   return x;
+#endif
+}
+
+static inline vi four_integers(const int32_t* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vi x;
+  for (int i = 0; i < LANES; ++i) x[i] = p[i % SCAN_ROWS];
+  return x;
+#endif
 }
 
 }  // namespace SIEVE_LEVEL

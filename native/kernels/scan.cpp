@@ -157,8 +157,6 @@ static inline void dots_of(const Scan& s, const uint8_t* const* planes, int64_t 
 }
 
 static inline void integer_dots(const Scan& s, const uint8_t* const* planes, int64_t stride, int32_t* dots, void* scratch) {
-  const ScanConfig config;
-  _tile_loadconfig(&config);
   uint8_t* codes = static_cast<uint8_t*>(scratch);
   switch (width_of(s.bits)) {
     case 1: dots_of<1>(s, planes, stride, dots, codes); break;
@@ -166,8 +164,13 @@ static inline void integer_dots(const Scan& s, const uint8_t* const* planes, int
     case 4: dots_of<4>(s, planes, stride, dots, codes); break;
     default: dots_of<8>(s, planes, stride, dots, codes);
   }
-  _tile_release();
 }
+
+static inline void begin() {
+  const ScanConfig config;
+  _tile_loadconfig(&config);
+}
+static inline void end() { _tile_release(); }
 
 #else
 
@@ -210,6 +213,9 @@ static inline void integer_dots(const Scan& s, const uint8_t* const* planes, int
   }
 }
 
+static inline void begin() {}
+static inline void end() {}
+
 #endif
 
 int64_t scan_scratch(int32_t d, int32_t rows) {
@@ -217,7 +223,29 @@ int64_t scan_scratch(int32_t d, int32_t rows) {
   return 2 * logits + dots + 8192 + up(d, 32) * 4 + 8 * KEYS * up(d, 128) / 8 + KEYS * 2 + 4096;
 }
 
-void scan(const Scan& s, int64_t first, float* mass, float* largest, void* scratch) {
+// Every key's scale once for each of four rows, and the largest of each panel.
+static inline void spread_scales(const Scan& s, int64_t base, int there, float* scale, float* largest) {
+#if defined(__AVX512F__)
+  if (there == KEYS && s.scale_stride == 1) {
+    const __m512i lane = _mm512_srli_epi32((__m512i)iota(), 2);
+    for (int p = 0; p < SCAN_PANELS; ++p) {
+      const __m512 t = (__m512)load_as_float(s.scale, base + p * PANEL, F16);
+      largest[p] = _mm512_reduce_max_ps(t);
+      for (int i = 0; i < 4; ++i)
+        _mm512_storeu_ps(scale + (p * 4 + i) * 16, _mm512_permutexvar_ps(_mm512_add_epi32(lane, _mm512_set1_epi32(4 * i)), t));
+    }
+    return;
+  }
+#endif
+  for (int p = 0; p < SCAN_PANELS; ++p) largest[p] = 0.0f;
+  for (int i = 0; i < KEYS; ++i) {
+    const float t = i < there ? from_f16(s.scale[(base + i) * s.scale_stride]) : 0.0f;
+    for (int r = 0; r < SCAN_ROWS; ++r) scale[i * SCAN_ROWS + r] = t;
+    largest[i / PANEL] = t > largest[i / PANEL] ? t : largest[i / PANEL];
+  }
+}
+
+static inline void scan_chunk(const Scan& s, int64_t first, float* mass, float* largest, void* scratch) {
   const float infinity = __builtin_inff();
   float* scale = static_cast<float*>(scratch);  // every key's scale, once for each row
   float* logits = scale + KEYS * SCAN_ROWS;
@@ -244,15 +272,7 @@ void scan(const Scan& s, int64_t first, float* mass, float* largest, void* scrat
   }
   integer_dots(s, planes, stride, dots, codes);
 
-  for (int i = 0; i < KEYS; ++i) {
-    const float t = i < there ? from_f16(s.scale[(base + i) * s.scale_stride]) : 0.0f;
-    for (int r = 0; r < SCAN_ROWS; ++r) scale[i * SCAN_ROWS + r] = t;
-  }
-  for (int p = 0; p < SCAN_PANELS; ++p) {
-    vf most = vf{};
-    for (int i = 0; i < CHUNK_VECS; ++i) most = max_(load(scale + p * PANEL * SCAN_ROWS + i * LANES), most);
-    largest[p] = top(most);
-  }
+  spread_scales(s, base, there, scale, largest);
 
   for (int g = 0; g < s.groups; ++g) {
     bool whole = there == KEYS && !s.key_mask;
@@ -260,16 +280,16 @@ void scan(const Scan& s, int64_t first, float* mass, float* largest, void* scrat
     for (int e = 0; e < s.digits; ++e) {
       const int at = (g * s.digits + e) * SCAN_ROWS;
       const vf factor = four(s.factor + at);
-      vi centre;
-      for (int i = 0; i < LANES; ++i) centre[i] = s.centre[at + i % SCAN_ROWS];
+      const vi centre = four_integers(s.centre + at);
       const int32_t* from = dots + (int64_t)at * KEYS;
+      const bool ends = e + 1 == s.digits;
       for (int i = 0; i < KEYS * SCAN_ROWS; i += LANES) {
         const vi twice = *reinterpret_cast<const vi_any*>(from + i) * 2 - centre;
-        const vf x = __builtin_convertvector(twice, vf) * factor;
-        store(logits + i, e ? load(logits + i) + x : x);
+        vf x = __builtin_convertvector(twice, vf) * factor;
+        if (e) x += load(logits + i);
+        store(logits + i, ends ? x * load(scale + i) : x);
       }
     }
-    for (int i = 0; i < KEYS * SCAN_ROWS; i += LANES) store(logits + i, load(logits + i) * load(scale + i));
     if (!whole)
       for (int i = 0; i < KEYS; ++i) {
         const int64_t key = base + i;
@@ -290,14 +310,22 @@ void scan(const Scan& s, int64_t first, float* mass, float* largest, void* scrat
       store(sum_of + p * LANES, over_keys(total, false));
     }
     // one logarithm for all panels and rows
-    alignas(64) float sums[SCAN_PANELS * SCAN_ROWS];
+    alignas(64) float sums[SCAN_PANELS * SCAN_ROWS], tops[SCAN_PANELS * SCAN_ROWS];
+    for (int p = 0; p < SCAN_PANELS; ++p) {
+      memcpy(sums + p * SCAN_ROWS, sum_of + p * LANES, sizeof(float) * SCAN_ROWS);
+      memcpy(tops + p * SCAN_ROWS, most_of + p * LANES, sizeof(float) * SCAN_ROWS);
+    }
+    for (int i = 0; i < SCAN_PANELS * SCAN_ROWS; i += LANES) store(sums + i, log_(load(sums + i)) * LOG2E + load(tops + i));
     for (int p = 0; p < SCAN_PANELS; ++p)
-      for (int r = 0; r < SCAN_ROWS; ++r) sums[p * SCAN_ROWS + r] = sum_of[p * LANES + r];
-    for (int i = 0; i < SCAN_PANELS * SCAN_ROWS; i += LANES) store(sums + i, log_(load(sums + i)) * LOG2E);
-    for (int p = 0; p < SCAN_PANELS; ++p)
-      for (int r = 0; r < SCAN_ROWS; ++r)
-        mass[(p * s.groups + g) * SCAN_ROWS + r] = sums[p * SCAN_ROWS + r] + most_of[p * LANES + r];
+      memcpy(mass + (p * s.groups + g) * SCAN_ROWS, sums + p * SCAN_ROWS, sizeof(float) * SCAN_ROWS);
   }
+}
+
+void scan(const Scan& s, int64_t first, int64_t chunks, float* mass, float* largest, void* scratch) {
+  begin();
+  for (int64_t i = 0; i < chunks; ++i)
+    scan_chunk(s, first + i * SCAN_PANELS, mass + i * SCAN_PANELS * s.groups * SCAN_ROWS, largest + i * SCAN_PANELS, scratch);
+  end();
 }
 
 void dot_rows(const float* q, int32_t rows, int32_t d, const void* items, DType dtype, int64_t stride, int64_t count, float* out) {
