@@ -210,9 +210,13 @@ def geometry_fits(geometry: Any, key: Array, key_mask: Array | None, block_size:
             "build it with statistics=policy.statistics",
         )
     xp = arrays.namespace(key)
-    real = xp.full((int(key.shape[0]), int(key.shape[2])), True, xp.boolean, key) if key_mask is None else key_mask
-    counted = xp.total(xp.pad_end(real, 1, -real.shape[1] % block_size, False).reshape(real.shape[0], -1, block_size), -1)
-    if not bool((geometry.count == counted[:, None, :]).all()):
+    if key_mask is None:
+        # no block can count more keys than it has, so the total alone says whether all of them do
+        same = int(geometry.count.sum()) == held[0] * held[1] * held[2]
+    else:
+        blocks = xp.pad_end(key_mask, 1, -key_mask.shape[1] % block_size, False).reshape(key_mask.shape[0], -1, block_size)
+        same = bool((geometry.count == xp.total(blocks, -1)[:, None, :]).all())
+    if not same:
         raise error(
             "geometry",
             "must be built with this call's key_mask",

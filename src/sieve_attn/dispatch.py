@@ -31,9 +31,14 @@ class Request:
 
 def why_not(name: str, request: Request) -> tuple[str, ...]:
     """Every reason why backend ``name`` cannot run ``request``; empty if it can."""
-    if find_spec(f"sieve_attn.attend.{name}") is None:
+    if not _here(name):
         return (f"sieve_attn.attend.{name} is not part of this installation",)
     return tuple(module(name).why_not(request))
+
+
+@lru_cache
+def _here(name: str) -> bool:
+    return find_spec(f"sieve_attn.attend.{name}") is not None
 
 
 def module(name: str) -> ModuleType:

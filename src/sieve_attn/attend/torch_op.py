@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sieve_attn import dispatch, policies
 from sieve_attn import geometry as stage_geometry
@@ -186,7 +187,21 @@ def _backward_attend(ctx, grad_output, grad_lse):
 attend_op.register_autograd(_backward_attend, setup_context=_setup_attend)
 
 
+def _nobody_watches(call: Call) -> bool:
+    """Whether plain tensors come without autograd, tracing or a transformation, which all have to see an operator."""
+    given = [x for x in (call.query, call.key, call.value, call.bias, call.sink) if x is not None]
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return (
+        all(type(x) is Tensor and not x.requires_grad and not wrapped(x) for x in given)
+        and _get_current_dispatch_mode() is None
+    )
+
+
 def attend(call: Call, selection: Selection, backend: str, field: far.FarField | None) -> tuple[Tensor, Tensor]:
+    if _nobody_watches(call):
+        # an operator costs as much as a short decoding step
+        with torch_ops.no_grad():
+            return dispatch.module(backend).attend(call, selection, field)
     parts, spec = pack(selection)
     return attend_op(
         call.query, call.key, call.value, call.mask, call.key_mask, call.bias, call.cu_seqlens, call.sink, call.causal,
