@@ -6,7 +6,7 @@
 #include <cstring>
 #include <limits>
 
-#include "gate.h"
+#include "rows.h"
 #include "level.h"
 #include "parallel.h"
 

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <limits>
 
-#include "gate.h"
+#include "rows.h"
 #include "level.h"
 #include "parallel.h"
 
