@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "buffer.h"
@@ -76,8 +77,13 @@ void pack_queries(const Attention& a, int64_t b, const std::vector<Row>& rows, b
   const Kernels& k = kernels();
   const int64_t d = a.q.shape[3];
   if (!bf16) {
-    for (size_t r = 0; r < rows.size(); ++r)
-      k.read_rows(a.q, b, rows[r].head, rows[r].query, rows[r].query + 1, wide, false, reinterpret_cast<float*>(out) + r * wide);
+    for (size_t r = 0; r < rows.size();) {
+      size_t last = r + 1;
+      while (last < rows.size() && rows[last].head == rows[r].head) ++last;
+      const int64_t first = rows[r].query, stop = rows[last - 1].query + 1;
+      k.read_rows(a.q, b, rows[r].head, first, stop, wide, false, reinterpret_cast<float*>(out) + r * wide);
+      r = last;
+    }
     return;
   }
   uint16_t* to = reinterpret_cast<uint16_t*>(out);
@@ -86,6 +92,10 @@ void pack_queries(const Attention& a, int64_t b, const std::vector<Row>& rows, b
     int64_t c = 0;
     if (r < static_cast<int64_t>(rows.size())) {
       const char* from = at(a.q, b, rows[r].head, rows[r].query, 0);
+      if (a.q.stride[3] == 1) {
+        std::memcpy(to, from, d * 2);
+        c = d;
+      }
       for (; c < d; ++c) to[c] = *reinterpret_cast<const uint16_t*>(from + c * a.q.stride[3] * 2);
     }
     for (; c < wide; ++c) to[c] = 0;

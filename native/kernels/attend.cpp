@@ -39,7 +39,7 @@ float finish_row(const Tile& t, int row, float sink, void* out, int64_t stride, 
   const float unit = exponent_unit(t);
   const float m = t.m[row], l = t.l[row];
   const bool empty = m == -infinity && l == 0.0f;  // a row of NaN alone never finds a maximum, but its sum is NaN
-  float lse = empty ? -infinity : m == -infinity ? l : m * unit * LN2 + __builtin_logf(l);
+  float lse = empty ? -infinity : m == -infinity ? l : m * unit * LN2 + log_one(l);
   float share = empty ? 0.0f : 1.0f / l;
   if (sink > -infinity || sink != sink) {
     if (empty) {
@@ -60,30 +60,57 @@ float finish_row(const Tile& t, int row, float sink, void* out, int64_t stride, 
   return lse;
 }
 
-// Row r over n logits: raises the reference if needed, turns the logits into weights, rescales what came before.
-template <int Terms>
-static inline void soften(const Tile& t, int r, float* s, int n, float unit, int wide) {
-  const float infinity = __builtin_inff();
+// What the online softmax remembers of the rows: their references, and one partial sum a lane.
+struct Softmax {
+  float base[MAX_ROWS];   // reference times unit
+  float limit[MAX_ROWS];  // a logit above this raises the reference
+  float sums[MAX_ROWS][LANES];
+};
+
+static inline bool any_above(vf x, float limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)(x > splat(limit))) != 0;
+#else
+  const vi over = x > splat(limit);
+  int32_t some = 0;
+  for (int i = 0; i < LANES; ++i) some |= over[i];
+  return some != 0;
+#endif
+}
+
+// The row's reference rises to its new maximum; what was summed so far shrinks.
+static __attribute__((noinline)) void raise_reference(const Tile& t, Softmax& x, int r, vf most, float unit, int wide) {
+  const float peak = top(most), before = t.m[r];
+  t.m[r] = peak;
+  x.base[r] = peak * unit;
+  x.limit[r] = peak + SLACK / unit;
+  if (before == -__builtin_inff()) return;
+  const float shrink = exp2_one((before - peak) * unit);
+  store(x.sums[r], load(x.sums[r]) * shrink);
+  float* o = t.o + (int64_t)r * wide;
+  for (int i = 0; i < wide; i += LANES) store(o + i, load(o + i) * shrink);
+}
+
+static inline vf largest(const float* s, int n) {
   vf most = load(s);
   for (int i = LANES; i < n; i += LANES) most = max_(load(s + i), most);
-  const float peak = top(most), before = t.m[r];
-  if (peak > before && !((peak - before) * unit <= SLACK)) {
-    const float shrink = exp2_one((before - peak) * unit);
-    t.m[r] = peak;
-    if (before != -infinity) {
-      t.l[r] *= shrink;
-      float* o = t.o + (int64_t)r * wide;
-      for (int i = 0; i < wide; i += LANES) store(o + i, load(o + i) * shrink);
-    }
-  }
-  const float base = t.m[r] == -infinity ? 0.0f : t.m[r] * unit;
-  vf total = vf{};
+  return most;
+}
+
+// Row r over n logits: they become weights, and their sum is added.
+static inline void soften(const Tile& t, Softmax& x, int r, float* s, int n, float unit, int wide) {
+  const vf most = largest(s, n);
+  if (any_above(most, x.limit[r])) raise_reference(t, x, r, most, unit, wide);
+  const float base = x.base[r];
+  vf total = load(x.sums[r]);
   for (int i = 0; i < n; i += LANES) {
-    const vf p = exp2_<Terms>(load(s + i) * unit - base);
+    const vf p = exp2_<6>(load(s + i) * unit - base);
     store(s + i, p);
     total += p;
   }
-  t.l[r] += sum(total);
+  store(x.sums[r], total);
 }
 
 // A value that is not finite reaches exactly the rows that attend to its key; everyone else sees zero in its place.
@@ -101,17 +128,28 @@ static inline void mark_non_finite(const Tile& t, float* marks, const float* s, 
   }
 }
 
-static inline void start(const Tile& t, int wide) {
-  const float infinity = __builtin_inff();
+// Weights below the smallest normal number count as zero: denormal numbers would cost a hundred times more.
+struct FlushToZero {
+#if defined(__x86_64__)
+  unsigned before = _mm_getcsr();
+  FlushToZero() { _mm_setcsr(before | 0x8000u); }
+  ~FlushToZero() { _mm_setcsr(before); }
+#endif
+};
+
+static inline void start(const Tile& t, Softmax& x, int wide) {
   memset(t.o, 0, sizeof(float) * up(t.rows, 16) * wide);
+  memset(x.sums, 0, sizeof(x.sums));
   for (int r = 0; r < t.rows; ++r) {
-    t.m[r] = -infinity;
-    t.l[r] = 0.0f;
+    t.m[r] = x.limit[r] = -__builtin_inff();
+    x.base[r] = 0.0f;
   }
 }
 
-static inline void add_marks(const Tile& t, const float* marks, int wide) {
-  for (int64_t i = 0; i < (int64_t)t.rows * wide; ++i) t.o[i] += marks[i];
+static inline void finish(const Tile& t, const Softmax& x, const float* marks, int wide) {
+  for (int r = 0; r < t.rows; ++r) t.l[r] = sum(load(x.sums[r]));
+  if (t.sanitize)
+    for (int64_t i = 0; i < (int64_t)t.rows * wide; ++i) t.o[i] += marks[i];
 }
 
 void attend(const Tile& t) {
@@ -124,7 +162,10 @@ void attend(const Tile& t) {
   const float* q = static_cast<const float*>(t.q);
   const float unit = exponent_unit(t);
   const bool shaped = transformed(t);
-  start(t, wide);
+  const int step = wide > 64 ? 64 : CHUNK;  // long rows fall on few sets of the cache: take fewer at a time
+  Softmax x;
+  const FlushToZero flush;
+  start(t, x, wide);
   if (t.sanitize) memset(marks, 0, sizeof(float) * t.rows * wide);
   for (int n = 0; n < t.panels; n += CHUNK_PANELS) {
     const int count = t.panels - n < CHUNK_PANELS ? t.panels - n : CHUNK_PANELS;
@@ -148,10 +189,10 @@ void attend(const Tile& t) {
         mark_non_finite(t, marks, s, row[j], copy + (int64_t)j * wide, j, t.dv, wide);
         row[j] = copy + (int64_t)j * wide;
       }
-    for (int r = 0; r < t.rows; ++r) soften<6>(t, r, s + r * S_STRIDE, count * PANEL, unit, wide);
-    times_rows(s, S_STRIDE, 1, t.rows, rows, row, wide, t.o, wide);
+    for (int r = 0; r < t.rows; ++r) soften(t, x, r, s + r * S_STRIDE, count * PANEL, unit, wide);
+    for (int j = 0; j < rows; j += step) times_rows(s + j, S_STRIDE, 1, t.rows, rows - j < step ? rows - j : step, row + j, wide, t.o, wide);
   }
-  if (t.sanitize) add_marks(t, marks, wide);
+  finish(t, x, marks, wide);
 }
 
 #if defined(__AMX_BF16__)
@@ -227,6 +268,27 @@ static inline void weigh(const uint16_t* p, const uint16_t* const* v, int pairs,
   if constexpr (Rows > 1 && Cols > 1) _tile_stored(3, o + 16 * wide + 16, wide * 4);
 }
 
+// Brings what the next chunk reads into the cache while this one is softmaxed, a few lines a row.
+struct Ahead {
+  const char* from[2 * CHUNK_PANELS];
+  int parts = 0, part = 0;
+  int64_t at = 0, bytes[2 * CHUNK_PANELS];
+  void add(const void* p, int64_t n) {
+    from[parts] = static_cast<const char*>(p);
+    bytes[parts++] = n;
+  }
+  void some(int lines) {
+    for (; lines > 0 && part < parts; --lines) {
+      __builtin_prefetch(from[part] + at, 0, 2);
+      at += 64;
+      if (at >= bytes[part]) {
+        at = 0;
+        ++part;
+      }
+    }
+  }
+};
+
 template <int Rows>
 static inline void group(const uint16_t* q, int64_t wide_d, const uint16_t* const* panel, int count, float* s) {
   int p = 0;
@@ -241,36 +303,24 @@ static inline void outputs(const uint16_t* p, const uint16_t* const* v, int pair
   if (c < wide) weigh<Rows, 1>(p, v, pairs, c, o + c, wide);
 }
 
-// One row of weights from `n` logits, rounded to bf16 for the second product; the sum takes them unrounded.
-static inline void soften_bf16(const Tile& t, int r, const float* s, int n, float unit, int wide, uint16_t* p) {
-  const float infinity = __builtin_inff();
-  __m512 most = _mm512_loadu_ps(s);
-  for (int i = 16; i < n; i += 16) most = _mm512_max_ps(_mm512_loadu_ps(s + i), most);
-  const float peak = _mm512_reduce_max_ps(most), before = t.m[r];
-  if (peak > before && !((peak - before) * unit <= SLACK)) {
-    const float shrink = exp2_one((before - peak) * unit);
-    t.m[r] = peak;
-    if (before != -infinity) {
-      t.l[r] *= shrink;
-      float* o = t.o + (int64_t)r * wide;
-      for (int i = 0; i < wide; i += 16) _mm512_storeu_ps(o + i, _mm512_loadu_ps(o + i) * _mm512_set1_ps(shrink));
-    }
-  }
-  const __m512 base = _mm512_set1_ps(t.m[r] == -infinity ? 0.0f : t.m[r] * unit), by = _mm512_set1_ps(unit);
-  __m512 total = _mm512_setzero_ps();
+// The same with weights rounded to bf16 for the second product; the sum takes them unrounded.
+static inline void soften_bf16(const Tile& t, Softmax& x, int r, const float* s, int n, float unit, int wide, uint16_t* p) {
+  const vf most = largest(s, n);
+  if (any_above(most, x.limit[r])) raise_reference(t, x, r, most, unit, wide);
+  const float base = x.base[r];
+  vf total = load(x.sums[r]);
   int i = 0;
   for (; i + 32 <= n; i += 32) {
-    const __m512 a = (__m512)exp2_<5>((vf)_mm512_fmsub_ps(_mm512_loadu_ps(s + i), by, base));
-    const __m512 b = (__m512)exp2_<5>((vf)_mm512_fmsub_ps(_mm512_loadu_ps(s + i + 16), by, base));
-    total = total + a + b;
-    _mm512_storeu_si512(p + i, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    const vf a = exp2_<5>(load(s + i) * unit - base), b = exp2_<5>(load(s + i + 16) * unit - base);
+    total += a + b;
+    _mm512_storeu_si512(p + i, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
   }
   if (i < n) {
-    const __m512 a = (__m512)exp2_<5>((vf)_mm512_fmsub_ps(_mm512_loadu_ps(s + i), by, base));
-    total = total + a;
-    _mm512_storeu_si512(p + i, (__m512i)_mm512_cvtne2ps_pbh(_mm512_setzero_ps(), a));
+    const vf a = exp2_<5>(load(s + i) * unit - base);
+    total += a;
+    _mm512_storeu_si512(p + i, (__m512i)_mm512_cvtne2ps_pbh(_mm512_setzero_ps(), (__m512)a));
   }
-  t.l[r] += _mm512_reduce_add_ps(total);
+  store(x.sums[r], total);
 }
 
 // Halves of two panels that do not lie side by side, as one pair; bad values hidden where asked.
@@ -312,7 +362,9 @@ void attend_bf16(const Tile& t) {
   const uint16_t* q = static_cast<const uint16_t*>(t.q);
   const float unit = exponent_unit(t);
   const bool shaped = transformed(t);
-  start(t, wide);
+  Softmax x;
+  const FlushToZero flush;
+  start(t, x, wide);
   if (t.sanitize) memset(marks, 0, sizeof(float) * t.rows * wide);
   const int rows16 = (int)up(t.rows, 16);
   if (rows16 > t.rows) memset(p + t.rows * CHUNK, 0, sizeof(uint16_t) * (rows16 - t.rows) * CHUNK);
@@ -335,6 +387,17 @@ void attend_bf16(const Tile& t) {
       gather_pair(t, values, n, count, j, wide, copy + (int64_t)j * 2 * PANEL * wide);
       pair[j] = copy + (int64_t)j * 2 * PANEL * wide;
     }
+    Ahead ahead;
+    const int next = n + 2 * CHUNK_PANELS < t.panels ? n + 2 * CHUNK_PANELS : t.panels;
+    // what lies side by side the hardware fetches by itself
+    if (next > n + count && t.panel[next - 1] - t.panel[n + count - 1] != next - n - count)
+      for (int i = n + count; i < next; ++i) {
+        const int64_t number = t.panel[i];
+        ahead.add(keys + number * PANEL * wide_d, PANEL * wide_d * 2);
+        if (number % 2 == 0 || t.panel[i - 1] != number - 1 || i == n + count)
+          ahead.add(values + number / 2 * 2 * PANEL * wide, 2 * PANEL * wide * 2);
+      }
+    const int lines = (int)((CHUNK_PANELS * PANEL * 2 * (wide_d + wide) / 64 + t.rows - 1) / t.rows);
     for (int r = 0; r < rows16; r += 32) {
       const bool two = r + 16 < rows16;
       float* at_s = s + r * S_STRIDE;
@@ -346,7 +409,10 @@ void attend_bf16(const Tile& t) {
       if (touched)
         for (int i = r; i < last; ++i) shape_logits(t, n, count, i, s + i * S_STRIDE, nullptr);
       if (t.sanitize) continue;
-      for (int i = r; i < last; ++i) soften_bf16(t, i, s + i * S_STRIDE, count * PANEL, unit, wide, p + i * CHUNK);
+      for (int i = r; i < last; ++i) {
+        ahead.some(lines);
+        soften_bf16(t, x, i, s + i * S_STRIDE, count * PANEL, unit, wide, p + i * CHUNK);
+      }
       if (two)
         outputs<2>(p + r * CHUNK, pair, pairs, t.o + (int64_t)r * wide, wide);
       else
@@ -359,7 +425,7 @@ void attend_bf16(const Tile& t) {
     for (int j = 0; j < pairs; ++j) clean_pair(t, marks, s, j, wide, const_cast<uint16_t*>(pair[j]));
     for (int r = 0; r < rows16; r += 32) {
       const int last = r + 32 < t.rows ? r + 32 : t.rows;
-      for (int i = r; i < last; ++i) soften_bf16(t, i, s + i * S_STRIDE, count * PANEL, unit, wide, p + i * CHUNK);
+      for (int i = r; i < last; ++i) soften_bf16(t, x, i, s + i * S_STRIDE, count * PANEL, unit, wide, p + i * CHUNK);
       if (r + 16 < rows16)
         outputs<2>(p + r * CHUNK, pair, pairs, t.o + (int64_t)r * wide, wide);
       else
@@ -367,7 +433,7 @@ void attend_bf16(const Tile& t) {
     }
   }
   _tile_release();
-  if (t.sanitize) add_marks(t, marks, wide);
+  finish(t, x, marks, wide);
 }
 
 #else
