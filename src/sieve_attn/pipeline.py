@@ -24,6 +24,8 @@ from sieve_attn.types import Blocks, Call, Certificate, Fallback, Geometry, Rang
 
 Array = Any
 
+DENSE = Policy()
+
 
 def attention(
     query: Array,
@@ -64,7 +66,7 @@ def attention(
 
         torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
     """
-    policy = Policy() if policy is None else policy
+    policy = DENSE if policy is None else policy
     checks.policy_like(policy, Policy)
     options = {
         "causal": causal, "scale": scale, "mask": mask, "key_mask": key_mask, "bias": bias, "softcap": softcap,
@@ -89,15 +91,13 @@ def attention(
     counts = None
     expands = policy.far_field and (selection is not None or call.kv_len >= policy.min_seq_length)
 
-    if selection is not None:
-        pass
-    elif call.kv_len < policy.min_seq_length:
+    if selection is None and call.kv_len < policy.min_seq_length:
         tiles = call.query.shape[0] * call.query.shape[1]
         fallbacks = (Fallback(f"kv_len {call.kv_len} is below min_seq_length {policy.min_seq_length}", tiles),)
         selection = _everything(call)
-    elif not policy.chooses_blocks:
+    elif selection is None and not policy.chooses_blocks:
         selection = _everything(call)
-    else:
+    elif selection is None:
         if geometry is None:
             geometry = stage_geometry.build(key, policy.block_size, policy.statistics, value=value, key_mask=key_mask)
         else:
@@ -157,7 +157,7 @@ def attend(
     query, key, value = _front_end(query, key, value)
     call = _call(query, key, value, dropout=0.0, **options)
     checks.selection_fits(selection, query, key)
-    return _attend(call, selection, dispatch.choose(backend, _request(call, Policy(), selection))[0], None)
+    return _attend(call, selection, dispatch.choose(backend, _request(call, DENSE, selection))[0], None)
 
 
 def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = False):
