@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t CALIBRATION = 64;
 constexpr int64_t EXPANDED_BYTES = int64_t{1} << 28;  // codes of the heads that are held at a time
+constexpr int64_t FRAME_STEP = 64;                    // tiles whose intervals one thread works out at a time
 constexpr int64_t EXPAND_STEP = 4096;                 // keys that one thread expands at a time
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float LOG2E = 1.44269504088896340736f;
@@ -40,6 +41,7 @@ struct Frame {
   int64_t from, to;                // blocks that some query may see
   int64_t whole_from, whole_to;    // blocks that every query sees whole
   std::vector<int64_t> edge, edge_weight;
+  std::vector<int64_t> forced;     // blocks that are kept whatever the scores say
 };
 
 struct Head {
@@ -57,7 +59,6 @@ class Gate {
 
  private:
   struct Workspace {
-    Frame frame;
     std::vector<int64_t> rows;  // looked-at queries, then the same for each head
     Buffer<float> estimate, other, best, sorted, q, weights, scratch;
     Buffer<int8_t> q_codes;
@@ -69,7 +70,7 @@ class Gate {
   int64_t keys_between(int64_t b, int64_t low, int64_t high) const;
   int64_t weight(int64_t b, int64_t block) const;
   bool structurally_sees(int64_t query, int64_t key) const;
-  void force(int64_t b, const Head& head, const Frame& f, uint8_t* marks) const;
+  void force(int64_t b, Frame& f) const;
   bool early(const Head& head, int64_t query) const;
   // Estimates of up to 16 (head, query) rows; returns what turns them into base-2 logarithms.
   float score(int64_t b, int64_t kv, const Head& head, const int64_t* head_of, const int64_t* query_of, int rows, const Frame& f,
@@ -81,6 +82,7 @@ class Gate {
   int64_t batch_, q_heads_, kv_heads_, q_len_, kv_len_, d_, blocks_, offset_, lead_, tiles_, group_;
   int64_t wide_;
   std::vector<Sequence> sequences_;
+  std::vector<Frame> frames_;  // of the sequence at hand
 };
 
 Gate::Gate(const GateTask& t) : t_(t), k_(kernels()) {
@@ -177,11 +179,9 @@ void Gate::frame(int64_t b, int64_t tile, Frame& f) const {
   }
 }
 
-void Gate::force(int64_t b, const Head& head, const Frame& f, uint8_t* marks) const {
+void Gate::force(int64_t b, Frame& f) const {
   const int64_t size = t_.block_size, n = f.last - f.first;
-  for (int64_t block : f.edge) marks[block] = 1;  // cut for some query
-  for (int32_t block : head.broken)
-    if (block >= f.from && block < f.to) marks[block] = 1;
+  f.forced = f.edge;  // cut for some query
   int64_t done_from = -1, done_to = -1;
   auto keep = [&](int64_t i, int64_t from, int64_t to) {  // the blocks that query i sees of keys from..to-1
     from = std::max(from, f.low[i]);
@@ -192,14 +192,15 @@ void Gate::force(int64_t b, const Head& head, const Frame& f, uint8_t* marks) co
     done_from = from / size;
     done_to = (to - 1) / size;
     for (int64_t block = from / size; block * size < to; ++block)
-      if (!marks[block] &&
-          keys_between(b, std::max(block * size, f.low[i]), std::min(std::min(kv_len_, (block + 1) * size), f.high[i])) > 0)
-        marks[block] = 1;
+      if (keys_between(b, std::max(block * size, f.low[i]), std::min(std::min(kv_len_, (block + 1) * size), f.high[i])) > 0)
+        f.forced.push_back(block);
   };
   if (t_.sinks)
     for (int64_t i = 0; i < n; ++i) keep(i, 0, std::min(t_.sinks, kv_len_));
   if (t_.near)
     for (int64_t i = 0; i < n; ++i) keep(i, offset_ + f.first + i - t_.near + 1, offset_ + f.first + i + t_.near);
+  std::sort(f.forced.begin(), f.forced.end());
+  f.forced.erase(std::unique(f.forced.begin(), f.forced.end()), f.forced.end());
 }
 
 bool Gate::structurally_sees(int64_t query, int64_t key) const {
@@ -318,8 +319,7 @@ int64_t wanted_blocks(const GateTask& t, int64_t visible) {
 }
 
 void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspace& w, Gated& out) const {
-  Frame& f = w.frame;
-  frame(b, tile, f);
+  const Frame& f = frames_[tile];
   const Sequence& sequence = sequences_[b];
   const int64_t item = (b * t_.heads + h) * tiles_ + tile;
   const int64_t kv = t_.heads == kv_heads_ ? h : h / group_, heads = t_.heads == kv_heads_ ? group_ : 1;
@@ -406,7 +406,9 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspac
         if (best[n] > last || (best[n] == last && left-- > 0)) marks[n] = 1;
     }
   }
-  if (seen) force(b, head, f, marks);
+  for (int64_t block : f.forced) marks[block] = 1;
+  for (int32_t block : head.broken)
+    if (block >= f.from && block < f.to) marks[block] = 1;
   unseen([&](int64_t n) { marks[n] = 0; });
 
   // nobody who sees something is left with nothing
@@ -472,8 +474,8 @@ Gated Gate::run() {
   out.dense.resize(items);
 
   const bool by_keys = t_.scoring == BY_KEYS;
-  const int64_t padded = up(kv_len_, 16) + 16, key_heads = batch_ * kv_heads_;
-  const int64_t at_once = std::clamp<int64_t>(EXPANDED_BYTES / (padded * (wide_ + 8)), 1, key_heads);
+  const int64_t padded = up(kv_len_, 32) + 32;
+  const int64_t at_once = std::clamp<int64_t>(EXPANDED_BYTES / (padded * (wide_ + 8)), 1, kv_heads_);
   Buffer<int8_t> codes(by_keys ? at_once * padded * wide_ : 0);
   Buffer<float> steps(by_keys ? at_once * padded * 2 : 0), addends(t_.scoring == BY_MEANS ? at_once * blocks_ : 0);
   const int64_t choosers = t_.heads / kv_heads_;  // of one key head
@@ -490,11 +492,20 @@ Gated Gate::run() {
     w.marks.resize(blocks_);
   }
   std::vector<Head> known(at_once);
-  for (int64_t start = 0; start < key_heads; start += at_once) {
-    const int64_t heads = std::min(at_once, key_heads - start);
+  const int64_t head_steps = (kv_heads_ + at_once - 1) / at_once;
+  frames_.resize(tiles_);
+  for (int64_t step = 0; step < batch_ * head_steps; ++step) {
+    const int64_t b = step / head_steps, start = step % head_steps * at_once, heads = std::min(at_once, kv_heads_ - start);
+    if (start == 0)
+      parallel_for((tiles_ + FRAME_STEP - 1) / FRAME_STEP, t_.threads, [&](int64_t item, int) {
+        for (int64_t tile = item * FRAME_STEP; tile < std::min(tiles_, (item + 1) * FRAME_STEP); ++tile) {
+          frame(b, tile, frames_[tile]);
+          force(b, frames_[tile]);
+        }
+      });
     const int64_t pieces = by_keys ? (kv_len_ + EXPAND_STEP - 1) / EXPAND_STEP : 1;
     for (int64_t i = 0; i < heads; ++i) {
-      const int64_t b = (start + i) / kv_heads_, kv = (start + i) % kv_heads_;
+      const int64_t kv = start + i;
       Head& head = known[i];
       head = Head{};
       const uint8_t* finite = row_of<uint8_t>(t_.finite, b, kv);
@@ -523,8 +534,7 @@ Gated Gate::run() {
     if (by_keys)
       parallel_for(heads * pieces, t_.threads, [&](int64_t item, int) {
         const int64_t i = item / pieces, from = item % pieces * EXPAND_STEP, n = std::min(EXPAND_STEP, kv_len_ - from);
-        const int64_t b = (start + i) / kv_heads_, kv = (start + i) % kv_heads_;
-        const int64_t bytes = (d_ + 7) / 8;
+        const int64_t kv = start + i, bytes = (d_ + 7) / 8;
         k_.expand_codes(reinterpret_cast<const uint8_t*>(at(t_.planes, 0, b, kv, from * bytes)), t_.planes.stride[0], t_.sketch_bits,
                         t_.bits, n, static_cast<int32_t>(d_), static_cast<int32_t>(wide_), codes.get() + (i * padded + from) * wide_);
         float* step = steps.get() + i * padded * 2;
@@ -533,7 +543,7 @@ Gated Gate::run() {
       });
     parallel_for(heads * choosers * tiles_, t_.threads, [&](int64_t item, int thread) {
       const int64_t i = item / (choosers * tiles_), rest = item % (choosers * tiles_);
-      const int64_t b = (start + i) / kv_heads_, kv = (start + i) % kv_heads_;
+      const int64_t kv = start + i;
       // late tiles see most: they come first, so that threads end together
       choose(b, kv * choosers + rest / tiles_, tiles_ - 1 - rest % tiles_, known[i], spaces[thread], out);
     });

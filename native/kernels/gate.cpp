@@ -8,7 +8,7 @@ namespace SIEVE_LEVEL {
 
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: an integer added to its bits is that integer added to the number
 constexpr int MOST_CHANNELS = 512;
-constexpr int CHUNK_KEYS = 64;        // keys whose dot products lie in the scratch memory together
+constexpr int CHUNK_KEYS = 32;        // keys whose dot products are made together
 constexpr float SUM_LOW = 8.6736174e-19f, SUM_HIGH = 1.2676506e30f;  // 2^-60, 2^100: sums between them lost nothing
 
 #if defined(__AMX_INT8__)
@@ -166,8 +166,14 @@ void prepare_lanes(const View& q, int64_t b, const int64_t* head_of, const int64
     if (panel)
       for (int c = 0; c < d; ++c) panel[c * LANE_ROWS + i] = row[c];
     if (codes) {
-      for (int c = 0; c < wide; c += 4)
-        for (int e = 0; e < 4; ++e) codes[(c / 4) * 64 + i * 4 + e] = c + e < d ? (int8_t)row[c + e] : 0;
+      int8_t whole[MOST_CHANNELS + 64];
+      int c = 0;
+#if defined(__AVX512F__)
+      for (; c + 16 <= d; c += 16)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(whole + c), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_loadu_ps(row + c))));
+#endif
+      for (; c < wide; ++c) whole[c] = c < d ? (int8_t)row[c] : 0;
+      for (c = 0; c < wide; c += 4) memcpy(codes + c * LANE_ROWS + i * 4, whole + c, 4);
     }
   }
 }
@@ -175,8 +181,8 @@ void prepare_lanes(const View& q, int64_t b, const int64_t* head_of, const int64
 // Scores of keys ------------------------------------------------------------------------------------------------------
 
 int64_t key_score_scratch(int64_t block_size, int32_t wide) {
-  const int64_t keys = up(block_size > CHUNK_KEYS ? block_size : CHUNK_KEYS, 16) + 16;
-  return keys * LANE_ROWS * 2 + keys * wide + LANE_ROWS * 8 + 64;
+  const int64_t keys = up(block_size > CHUNK_KEYS ? block_size : CHUNK_KEYS, 32);
+  return keys * LANE_ROWS * 3 + keys * wide + LANE_ROWS * 8 + 64;
 }
 
 // Rows of a run of keys as floats [keys][wide].
@@ -258,27 +264,37 @@ struct alignas(64) IntegerTiles {
   uint8_t rows[16] = {};
 };
 
-// dots [keys up to 16][16] = codes times queries, as integers above the bits of MAGIC; tiles 4..7 hold the queries
+// dots [keys up to 32][16] = codes times queries, as integers above the bits of MAGIC; tiles 4 and 5 hold the first queries.
+// Two chains at a time: one alone waits for its own results.
 template <int Steps>
 static inline void tile_dots(const int8_t* codes, int64_t wide, int steps, const int8_t* q, const int32_t* magic, int keys, float* dots) {
-  for (int j = 0; j < keys; j += 16) {
+  for (int j = 0; j < keys; j += 32) {
     _tile_loadd(0, magic, 64);
+    _tile_loadd(1, magic, 64);
     const int8_t* at_key = codes + (int64_t)j * wide;
+    const int8_t* next = at_key + 16 * wide;
     if constexpr (Steps == 0) {
       for (int c = 0; c < steps; ++c) {
-        _tile_loadd(1, at_key + c * 64, wide);
-        _tile_loadd(2, q + c * 1024, 64);
-        _tile_dpbssd(0, 1, 2);
+        _tile_loadd(6, q + c * 1024, 64);
+        _tile_loadd(2, at_key + c * 64, wide);
+        _tile_dpbssd(0, 2, 6);
+        _tile_loadd(3, next + c * 64, wide);
+        _tile_dpbssd(1, 3, 6);
       }
     } else {
-      _tile_loadd(1, at_key, wide);
-      _tile_dpbssd(0, 1, 4);
+      _tile_loadd(2, at_key, wide);
+      _tile_dpbssd(0, 2, 4);
+      _tile_loadd(3, next, wide);
+      _tile_dpbssd(1, 3, 4);
       if constexpr (Steps > 1) {
-        _tile_loadd(2, at_key + 64, wide);
-        _tile_dpbssd(0, 2, 5);
+        _tile_loadd(6, at_key + 64, wide);
+        _tile_dpbssd(0, 6, 5);
+        _tile_loadd(7, next + 64, wide);
+        _tile_dpbssd(1, 7, 5);
       }
     }
     _tile_stored(0, dots + (int64_t)j * LANE_ROWS, 64);
+    _tile_stored(1, dots + (int64_t)(j + 16) * LANE_ROWS, 64);
   }
 }
 #endif
@@ -288,9 +304,9 @@ static void score_keys_by(const KeyScore& s) {
   const Lanes& l = s.lanes;
   const int64_t size = l.block_size;
   const int chunk = size >= CHUNK_KEYS ? 1 : (int)(CHUNK_KEYS / size);  // blocks
-  const int64_t room = up(size > CHUNK_KEYS ? size : CHUNK_KEYS, 16) + 16;
-  float* dots = s.scratch;
-  float* logits = dots + room * LANE_ROWS;
+  const int64_t room = up(size > CHUNK_KEYS ? size : CHUNK_KEYS, 32);
+  float* dots[2] = {s.scratch, s.scratch + room * LANE_ROWS};
+  float* logits = dots[1] + room * LANE_ROWS;
   float* rows = logits + room * LANE_ROWS;
   float base_of[LANE_ROWS] = {};
   bool based[LANE_ROWS] = {}, started = false;
@@ -312,27 +328,34 @@ static void score_keys_by(const KeyScore& s) {
     if (steps > 1) _tile_loadd(5, s.q_codes + 1024, 64);
   }
 #endif
-  for (int64_t b0 = l.first; b0 < l.last; b0 += chunk) {
+  auto multiply = [&](int64_t b0, float* out) {
     const int64_t b1 = b0 + chunk < l.last ? b0 + chunk : l.last, first = b0 * size;
     const int keys = (int)((b1 * size < l.kv_len ? b1 * size : l.kv_len) - first);
     if (Tiles) {
 #if defined(__AMX_INT8__)
       const int8_t* codes = s.codes + first * s.wide;
       if (steps == 1)
-        tile_dots<1>(codes, s.wide, 1, s.q_codes, magic, keys, dots);
+        tile_dots<1>(codes, s.wide, 1, s.q_codes, magic, keys, out);
       else if (steps == 2)
-        tile_dots<2>(codes, s.wide, 2, s.q_codes, magic, keys, dots);
+        tile_dots<2>(codes, s.wide, 2, s.q_codes, magic, keys, out);
       else
-        tile_dots<0>(codes, s.wide, steps, s.q_codes, magic, keys, dots);
+        tile_dots<0>(codes, s.wide, steps, s.q_codes, magic, keys, out);
 #endif
     } else {
       read_keys(s, first, keys, rows);
-      times_panels(rows, s.wide, keys, s.d, &s.q, 1, dots, LANE_ROWS);
+      times_panels(rows, s.wide, keys, s.d, &s.q, 1, out, LANE_ROWS);
     }
+  };
+  multiply(l.first, dots[0]);
+  int turn = 0;
+  for (int64_t b0 = l.first; b0 < l.last; b0 += chunk, turn ^= 1) {
+    const int64_t b1 = b0 + chunk < l.last ? b0 + chunk : l.last, first = b0 * size;
+    // the next products are begun before these are used: they take their time in a unit of their own
+    if (b1 < l.last) multiply(b1, dots[turn ^ 1]);
     for (int64_t b = b0; b < b1; ++b) {
       const int64_t base = b * size;
       const int n = (int)(l.kv_len - base < size ? l.kv_len - base : size);
-      const float* at_dots = dots + (base - first) * LANE_ROWS;
+      const float* at_dots = dots[turn] + (base - first) * LANE_ROWS;
       float* out = s.out + (b - l.first) * LANE_ROWS;
       const bool plain = started && s.step && s.softcap == 0.0f && l.all_low <= base && base + n <= l.all_high &&
                          (!l.part || l.part_before[base + n] - l.part_before[base] == n);
