@@ -346,6 +346,14 @@ static void score_keys_by(const KeyScore& s) {
       times_panels(rows, s.wide, keys, s.d, &s.q, 1, out, LANE_ROWS);
     }
   };
+  // sums wait here until their logarithms are taken together: one after the other, each would wait for the last
+  int64_t waiting = l.first;
+  auto finish = [&](int64_t until) {
+    for (; waiting < until; ++waiting) {
+      float* out = s.out + (waiting - l.first) * LANE_ROWS;
+      for (int v = 0; v < PANEL_VECS; ++v) store(out + v * LANES, log2_(load(out + v * LANES)) + load(base_of + v * LANES));
+    }
+  };
   multiply(l.first, dots[0]);
   int turn = 0;
   for (int64_t b0 = l.first; b0 < l.last; b0 += chunk, turn ^= 1) {
@@ -366,19 +374,26 @@ static void score_keys_by(const KeyScore& s) {
 #pragma GCC unroll 4
         for (int v = 0; v < PANEL_VECS; ++v) {
           const vf factor = load(s.factor + v * LANES), reference = load(base_of + v * LANES);
-          vf total = vf{};
-#pragma GCC unroll 4
-          for (int j = 0; j < n; ++j) {
+          auto one = [&](int j) {
             const vf x = load(at_dots + j * LANE_ROWS + v * LANES);
             // the product with a half has at most 24 bits, so one fused operation removes MAGIC exactly
             const vf y = Tiles ? x * step[j] + shift[j] : x * step[j];
-            total += weight(y * factor - reference);
+            return weight(y * factor - reference);
+          };
+          vf total = vf{}, other = vf{};
+          int j = 0;
+          for (; j + 4 <= n; j += 4) {
+            total += one(j) + one(j + 1);
+            other += one(j + 2) + one(j + 3);
           }
+          for (; j < n; ++j) total += one(j);
+          total += other;
           off |= ~((total >= splat(SUM_LOW)) & (total <= splat(SUM_HIGH)));
-          store(out + v * LANES, log2_(total) + reference);
+          store(out + v * LANES, total);
         }
         if (!any_lane(off)) continue;
       }
+      finish(b);
       careful<Tiles>(s, base, n, at_dots, logits, out);
       // one reference a row for all blocks, so that equal blocks have equal estimates to the last bit
       for (int i = 0; unbased && i < LANE_ROWS; ++i)
@@ -388,8 +403,10 @@ static void score_keys_by(const KeyScore& s) {
           --unbased;
         }
       started = true;
+      waiting = b + 1;
     }
   }
+  finish(l.last);
 #if defined(__AMX_INT8__)
   if (Tiles) _tile_release();
 #endif
