@@ -91,7 +91,7 @@ class Policy:
         """The bound that certifies what this policy drops."""
         if self.bound is not None:
             return self.bound
-        return self.scorer if isinstance(self.scorer, Bound) else KeySketch(bits=8)
+        return self.scorer.prover if isinstance(self.scorer, Bound) else KeySketch(bits=8)
 
 
 FAR_FIELD_BOUND = Bennett()

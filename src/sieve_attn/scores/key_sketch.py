@@ -76,6 +76,10 @@ class KeySketch(Bound):
     def proof_statistics(self) -> Statistics:
         return Statistics(sketch_bits=self.bits, spectral=True)
 
+    @property
+    def prover(self) -> Bound:
+        return KeySketch(self.bits)  # a proof need not pay for the rounding of queries
+
     def _query(self, rows: Rows, geometry: Geometry) -> tuple[Array, Array | None]:
         """The query as scored, and ``||(q - q^) a||`` where it was rounded."""
         if self.query_bits is None:
