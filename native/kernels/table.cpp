@@ -7,10 +7,15 @@ namespace sieve {
 namespace SIEVE_LEVEL {
 
 extern const Kernels table;
+// clang-format off
 const Kernels table = {
-    attends_bf16(), pack_keys,  pack_keys_bf16, pack_values_bf16, read_rows, attend, attend_bf16,
-    tile_scratch,   finish_row, all_finite,     put_row,          gradient,  gradient_scratch,
+    attends_bf16(), pack_keys, pack_keys_bf16, pack_values_bf16, read_rows, attend, attend_bf16,
+    tile_scratch, finish_row, all_finite, put_row, gradient, gradient_scratch,
+    channel_scale, summarise, key_run_scratch,
+    integer_tiles(), expand_codes, read_steps, prepare_lanes, score_keys, key_score_scratch, score_blocks,
+    largest_share, largest, mark_above, mark_mass, kth_largest,
 };
+// clang-format on
 
 }  // namespace SIEVE_LEVEL
 }  // namespace sieve
