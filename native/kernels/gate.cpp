@@ -209,52 +209,64 @@ static inline void read_keys(const KeyScore& s, int64_t first, int n, float* row
   }
 }
 
-// Lanes that see key number `i` of the block that starts at `base`.
-static inline vi sees(const Lanes& l, int64_t key, int v) {
-  vi in;
-  for (int i = 0; i < LANES; ++i) in[i] = l.low[v * LANES + i] <= key && key < l.high[v * LANES + i] ? -1 : 0;
-  return in;
-}
-
-// What the careful path says of one block: every key with its mask, cap and the block's own maximum.
-// `dots` [n][16]: products as floats (Tiles: as integers above MAGIC).
+// One block with its masks and its cap: by `reference` [16] where that serves, else by the block's own maximum. Equal keys give
+// equal bits on every path, since both references are integers. `dots` [n][16]: products as floats (Tiles: as integers above
+// MAGIC). Returns the lanes, as bits, that `reference` did not serve.
 template <bool Tiles>
-static void careful(const KeyScore& s, int64_t base, int n, const float* dots, float* logits, float* out) {
+static uint32_t careful(const KeyScore& s, int64_t base, int n, const float* dots, const float* reference, float* logits, float* out) {
   const Lanes& l = s.lanes;
   const float infinity = __builtin_inff();
-  const bool whole = l.all_low <= base && base + n <= l.all_high;
+  uint32_t unserved = 0;
   for (int v = 0; v < PANEL_VECS; ++v) {
-    const vf factor = load(s.factor + v * LANES);
-    vf top = splat(-infinity);
-    vi seen = vi{}, unknown = vi{};
+    const vf factor = load(s.factor + v * LANES), usual = load(reference + v * LANES);
+    vi from, to, seen = vi{};
+    for (int i = 0; i < LANES; ++i) {
+      const int64_t low = l.low[v * LANES + i] - base, high = l.high[v * LANES + i] - base;
+      from[i] = (int32_t)(low < 0 ? 0 : low < n ? low : n);
+      to[i] = (int32_t)(high < 0 ? 0 : high < n ? high : n);
+    }
+    vf top = splat(-infinity), total = vf{};
+    vi unknown = vi{};
     for (int j = 0; j < n; ++j) {
+      float* keep = logits + j * LANE_ROWS + v * LANES;
       if (l.part && !l.part[base + j]) {
-        store(logits + j * LANE_ROWS + v * LANES, splat(-infinity));
+        store(keep, splat(-infinity));
         continue;
       }
+      const vi in = (splat_int(j) >= from) & (splat_int(j) < to);
       vf x = load(dots + j * LANE_ROWS + v * LANES);
-      if (Tiles) x = x - MAGIC;
-      if (s.step) x = x * s.step[base + j];
+      if (Tiles)
+        x = x * s.step[base + j] + s.shift[base + j];
+      else if (s.step)
+        x = x * s.step[base + j];
+      seen |= in;
+      if (s.softcap == 0.0f) total += (vf)(in & (vi)weight(x * factor - usual));
       x = x * factor;
       if (s.softcap != 0.0f) x = tanh_(x * (LN2 / s.softcap)) * (s.softcap * LOG2E);
-      const vi in = whole ? splat_int(-1) : sees(l, base + j, v);
-      seen |= in;
       unknown |= in & (x != x);
       x = select(in & (x == x), x, splat(-infinity));
       top = x > top ? x : top;
-      store(logits + j * LANE_ROWS + v * LANES, x);
+      store(keep, x);
     }
-    const vf reference = select((top > splat(-infinity)) & (top < splat(infinity)), top, vf{});
-    vf total = vf{};
-    for (int j = 0; j < n; ++j) {
-      const vf x = load(logits + j * LANE_ROWS + v * LANES) - reference;
-      total += exp2_<5>(x < splat(1.0f) ? x : splat(1.0f));
+    const vi served = (total >= splat(SUM_LOW)) & (total <= splat(SUM_HIGH));
+    vf result = log2_(select(served, total, splat(1.0f))) + usual;
+    const vi off = seen & ~served;
+    if (any_lane(off)) {
+      const vf own = select((top > splat(-1e30f)) & (top < splat(1e30f)), round_even(top), vf{});
+      total = vf{};
+      for (int j = 0; j < n; ++j) {
+        const vf x = load(logits + j * LANE_ROWS + v * LANES) - own;
+        total += weight(x > splat(-100.0f) ? (x < splat(1.0f) ? x : splat(1.0f)) : splat(-100.0f));
+      }
+      vf other = select(top > splat(-infinity), own + log2_(max_(total, splat(1e-30f))), splat(-infinity));
+      other = select(top == splat(infinity), splat(infinity), other);
+      other = select(unknown | (other < splat(LOWEST)), splat(LOWEST), other);
+      result = select(off, other, result);
+      for (int i = 0; i < LANES; ++i) unserved |= (uint32_t)(off[i] != 0) << (v * LANES + i);
     }
-    vf result = select(top > splat(-infinity), reference + log2_(max_(total, splat(1e-30f))), splat(-infinity));
-    result = select(top == splat(infinity), splat(infinity), result);
-    result = select(unknown | (result < splat(LOWEST)), splat(LOWEST), result);
     store(out + v * LANES, select(seen, result, splat(-infinity)));
   }
+  return unserved;
 }
 
 #if defined(__AMX_INT8__)
@@ -309,8 +321,7 @@ static void score_keys_by(const KeyScore& s) {
   float* logits = dots[1] + room * LANE_ROWS;
   float* rows = logits + room * LANE_ROWS;
   float base_of[LANE_ROWS] = {};
-  bool based[LANE_ROWS] = {}, started = false;
-  int unbased = LANE_ROWS;
+  uint32_t based = 0;
 #if defined(__AMX_INT8__)
   alignas(64) int32_t magic[256];
   const int steps = s.wide / 64;
@@ -365,7 +376,7 @@ static void score_keys_by(const KeyScore& s) {
       const int n = (int)(l.kv_len - base < size ? l.kv_len - base : size);
       const float* at_dots = dots[turn] + (base - first) * LANE_ROWS;
       float* out = s.out + (b - l.first) * LANE_ROWS;
-      const bool plain = started && s.step && s.softcap == 0.0f && l.all_low <= base && base + n <= l.all_high &&
+      const bool plain = s.step && s.softcap == 0.0f && l.all_low <= base && base + n <= l.all_high &&
                          (!l.part || l.part_before[base + n] - l.part_before[base] == n);
       if (plain) {
         const float* step = s.step + base;
@@ -394,15 +405,14 @@ static void score_keys_by(const KeyScore& s) {
         if (!any_lane(off)) continue;
       }
       finish(b);
-      careful<Tiles>(s, base, n, at_dots, logits, out);
-      // one reference a row for all blocks, so that equal blocks have equal estimates to the last bit
-      for (int i = 0; unbased && i < LANE_ROWS; ++i)
-        if (!based[i] && out[i] > LOWEST && out[i] < -LOWEST) {
-          base_of[i] = out[i];
-          based[i] = true;
-          --unbased;
-        }
-      started = true;
+      // a row whose numbers are out of reach gets a reference of its own, once
+      uint32_t unserved = careful<Tiles>(s, base, n, at_dots, base_of, logits, out) & ~based;
+      for (; unserved; unserved &= unserved - 1) {
+        const int i = __builtin_ctz(unserved);
+        if (!(out[i] > LOWEST && out[i] < -LOWEST)) continue;
+        base_of[i] = __builtin_rintf(out[i]);
+        based |= 1u << i;
+      }
       waiting = b + 1;
     }
   }

@@ -40,6 +40,23 @@ static inline float square_sum(const float* x, int wide) {
   return sum(total);
 }
 
+// Sums of four vectors at once: half the work of four single ones.
+static inline void sum_four(vf a, vf b, vf c, vf d, float* out) {
+#if defined(__AVX512F__)
+  const __m512 p = (__m512)a, q = (__m512)b, r = (__m512)c, s = (__m512)d;
+  const __m512 pq = _mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q));
+  const __m512 rs = _mm512_add_ps(_mm512_unpacklo_ps(r, s), _mm512_unpackhi_ps(r, s));
+  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(pq, rs, 0x44), _mm512_shuffle_ps(pq, rs, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#else
+  out[0] = sum(a);
+  out[1] = sum(b);
+  out[2] = sum(c);
+  out[3] = sum(d);
+#endif
+}
+
 // Euclidean norm that neither overflows nor loses small numbers, before any rounding outward.
 static inline double exact_norm(const float* x, int wide) {
   double total = 0;
@@ -57,8 +74,7 @@ static inline uint16_t half_above(float x) {
 #endif
 }
 
-static inline uint16_t error_above(const float* e, int wide, float outward) {
-  const float squares = square_sum(e, wide);
+static inline uint16_t error_above(float squares, const float* e, int wide, float outward) {
   if (squares >= SAFE_SQUARE_LOW) return squares <= SAFE_SQUARE_HIGH ? half_above(__builtin_sqrtf(squares) * outward) : 0x7c00;
   for (int i = 0; i < wide; ++i)
     if (e[i] != 0.0f) return 1;  // the smallest half: squares underflow, the number does not vanish
@@ -111,7 +127,7 @@ void channel_scale(const View& key, int64_t b, int64_t h, const uint8_t* part, f
 }
 
 struct Quantiser {
-  int wide, d, bits, clips;
+  int wide, d;
   float top, levels;  // (2^bits - 1) / 2 and 2^bits - 1
   const float* scale;    // [wide], 1 behind the last channel
   const float* inverse;  // [wide] or null where 1 / scale could leave the normal numbers
@@ -127,13 +143,14 @@ static void clips_of(int bits, Quantiser& s) {
                                     {1.0f, 0.92f, 0.84f, 0.76f}};
   static const int count[5] = {2, 5, 5, 5, 4};
   const int row = bits <= 4 ? bits : 0;
-  s.clips = count[row];
   for (int i = 0; i < count[row]; ++i) s.clip[i] = table[row][i];
 }
 
-// One key: its codes, its scale, what the codes lose (`error`, also over the channel scale). Vectors is wide / LANES, or 0.
-template <int Vectors>
-static inline uint16_t sketch_key(const Quantiser& s, const float* key, bool valid, uint8_t* codes, float* error, float* metric) {
+// One key: its codes, its scale, what the codes lose (`error`, also over the channel scale) and the squares of that, to be summed
+// over lanes. Vectors is wide / LANES, or 0; Clips how many there are.
+template <int Vectors, int Clips>
+static inline uint16_t sketch_key(const Quantiser& s, const float* key, bool valid, uint8_t* codes, float* error, float* metric,
+                                  float* error_squares, float* metric_squares) {
   const int n = Vectors ? Vectors : s.wide / LANES;
   vf white[Vectors ? Vectors : MAX_VECTORS];
   vf peaks = vf{};
@@ -143,30 +160,43 @@ static inline uint16_t sketch_key(const Quantiser& s, const float* key, bool val
   }
   const float peak = most(peaks);
   const vf half = splat(s.top + 0.5f), top = splat(s.top), highest = splat(s.levels);
-  float least = 0.0f;
-  uint16_t step = 0;
-  for (int k = 0; k < s.clips; ++k) {
+  uint16_t rounded[Clips];
+  float steps[Clips], inverse[Clips], losses[Clips < 4 ? 4 : Clips + 3];
+#pragma GCC unroll 5
+  for (int k = 0; k < Clips; ++k) {
     const float wished = s.clip[k] * peak / s.top;
-    const uint16_t rounded = to_f16(wished < LARGEST_HALF ? wished : LARGEST_HALF);
-    const float wide = from_f16(rounded);
-    const vf by = splat(1.0f / (wide > 0.0f ? wide : 1.0f)), w = splat(wide);
-    vf lost = vf{};
+    rounded[k] = to_f16(wished < LARGEST_HALF ? wished : LARGEST_HALF);
+    steps[k] = from_f16(rounded[k]);
+    inverse[k] = 1.0f / (steps[k] > 0.0f ? steps[k] : 1.0f);
+  }
+  vf lost[Clips < 4 ? 4 : Clips];
+#pragma GCC unroll 5
+  for (int k = 0; k < (Clips < 4 ? 4 : Clips); ++k) {
+    lost[k] = vf{};
+    if (k >= Clips) continue;
+    const vf by = splat(inverse[k]), w = splat(steps[k]);
     for (int i = 0; i < n; ++i) {
       vf code = white[i] * by + half;
       code = code > vf{} ? code : vf{};
       code = floor_of(code < highest ? code : highest);
       vf apart = (code - top) * w - white[i];
       if (s.live) apart = (vf)((vi)apart & (vi)load(s.live + i * LANES));
-      lost += apart * apart;
+      lost[k] += apart * apart;
     }
-    const float loss = sum(lost);
-    if (k == 0 || loss < least) {
-      least = loss;
-      step = rounded;
-    }
+  }
+  sum_four(lost[0], lost[1], lost[2], lost[3], losses);
+  if constexpr (Clips > 4) losses[4] = sum(lost[4]);
+  float least = losses[0];
+  uint16_t step = rounded[0];
+#pragma GCC unroll 5
+  for (int k = 1; k < Clips; ++k) {
+    const bool better = losses[k] < least;
+    least = better ? losses[k] : least;
+    step = better ? rounded[k] : step;
   }
   const float wide = from_f16(step);
   const vf w = splat(wide), by = splat(wide > 0.0f ? wide : 1.0f);
+  vf squares = vf{}, metric_sum = vf{};
   for (int i = 0; i < n; ++i) {
     vf code = white[i] / by + half;
     code = code > vf{} ? code : vf{};
@@ -181,8 +211,13 @@ static inline uint16_t sketch_key(const Quantiser& s, const float* key, bool val
     if (s.live) e = (vf)((vi)e & (vi)load(s.live + i * LANES));
     if (!valid) e = vf{};
     store(error + i * LANES, e);
-    store(metric + i * LANES, s.inverse ? e * load(s.inverse + i * LANES) : e / a);
+    const vf m = s.inverse ? e * load(s.inverse + i * LANES) : e / a;
+    store(metric + i * LANES, m);
+    squares += e * e;
+    metric_sum += m * m;
   }
+  store(error_squares, squares);
+  store(metric_squares, metric_sum);
   for (int i = s.d; i < s.wide; ++i) codes[i] = 0;
   return step;
 }
@@ -270,7 +305,7 @@ static inline float reach(const float* rows, const uint8_t* valid, int n, int wi
   return usual > careful ? usual : careful;
 }
 
-template <int Vectors>
+template <int Vectors, int Clips>
 static void summarise_run(const KeyRun& r) {
   const int wide = (int)up(r.d, 16), size = (int)r.block_size;
   float* rows = r.scratch;
@@ -289,7 +324,6 @@ static void summarise_run(const KeyRun& r) {
   if (r.bits) {
     s.wide = wide;
     s.d = r.d;
-    s.bits = r.bits;
     s.levels = (float)((1 << r.bits) - 1);
     s.top = s.levels / 2.0f;
     clips_of(r.bits, s);
@@ -305,6 +339,7 @@ static void summarise_run(const KeyRun& r) {
     s.live = r.d < wide ? live : nullptr;
   }
   uint8_t small[256];
+  float partials[4 * LANES], *partial = partials;
   for (int64_t block = r.first; block < r.last; ++block) {
     const int64_t first = block * size;
     const int n = (int)(kv_len - first < size ? kv_len - first : size);
@@ -350,10 +385,21 @@ static void summarise_run(const KeyRun& r) {
       const int64_t j = first + i;
       float* e = error + (int64_t)i * wide;
       float* m = metric + (int64_t)i * wide;
-      r.scale[j] = sketch_key<Vectors>(s, rows + (int64_t)i * wide, valid[i], codes, e, m);
+      r.scale[j] = sketch_key<Vectors, Clips>(s, rows + (int64_t)i * wide, valid[i], codes, e, m, partial, partial + LANES);
       pack_planes(codes, r.d, r.bits, r.planes + j * bytes, r.plane_stride);
-      r.error[j] = error_above(e, wide, sketch_outward);
-      r.metric_error[j] = error_above(m, wide, sketch_outward);
+      partial += 2 * LANES;
+      if (i % 2 == 0 && i + 1 < n) continue;
+      // two keys at a time: each has two sums
+      const bool pair = i % 2 == 1;
+      partial -= pair ? 4 * LANES : 2 * LANES;
+      float squares[4];
+      sum_four(load(partial), load(partial + LANES), pair ? load(partial + 2 * LANES) : vf{}, pair ? load(partial + 3 * LANES) : vf{},
+               squares);
+      for (int p = 0; p <= pair; ++p) {
+        const int at_row = i - pair + p;
+        r.error[first + at_row] = error_above(squares[2 * p], error + (int64_t)at_row * wide, wide, sketch_outward);
+        r.metric_error[first + at_row] = error_above(squares[2 * p + 1], metric + (int64_t)at_row * wide, wide, sketch_outward);
+      }
     }
     if (r.spectral) {
       r.spectral[block] = largest_eigenvalue(error, n, size, r.d, wide, rest) * sketch_outward;
@@ -362,14 +408,25 @@ static void summarise_run(const KeyRun& r) {
   }
 }
 
+template <int Vectors>
+static void summarise_with(const KeyRun& r) {
+  // as many clips as clips_of gives
+  if (r.bits == 4)
+    summarise_run<Vectors, 4>(r);
+  else if (r.bits >= 1 && r.bits <= 3)
+    summarise_run<Vectors, 5>(r);
+  else
+    summarise_run<Vectors, 2>(r);
+}
+
 void summarise(const KeyRun& r) {
   const int64_t wide = up(r.d, 16);
   if (wide == 64)
-    summarise_run<64 / LANES>(r);
+    summarise_with<64 / LANES>(r);
   else if (wide == 128)
-    summarise_run<128 / LANES>(r);
+    summarise_with<128 / LANES>(r);
   else
-    summarise_run<0>(r);
+    summarise_with<0>(r);
 }
 
 }  // namespace SIEVE_LEVEL
