@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "buffer.h"
@@ -76,8 +77,13 @@ void pack_queries(const Attention& a, int64_t b, const std::vector<Row>& rows, b
   const Kernels& k = kernels();
   const int64_t d = a.q.shape[3];
   if (!bf16) {
-    for (size_t r = 0; r < rows.size(); ++r)
-      k.read_rows(a.q, b, rows[r].head, rows[r].query, rows[r].query + 1, wide, false, reinterpret_cast<float*>(out) + r * wide);
+    for (size_t r = 0; r < rows.size();) {
+      size_t last = r + 1;
+      while (last < rows.size() && rows[last].head == rows[r].head) ++last;
+      const int64_t first = rows[r].query, stop = rows[last - 1].query + 1;
+      k.read_rows(a.q, b, rows[r].head, first, stop, wide, false, reinterpret_cast<float*>(out) + r * wide);
+      r = last;
+    }
     return;
   }
   uint16_t* to = reinterpret_cast<uint16_t*>(out);
@@ -86,10 +92,23 @@ void pack_queries(const Attention& a, int64_t b, const std::vector<Row>& rows, b
     int64_t c = 0;
     if (r < static_cast<int64_t>(rows.size())) {
       const char* from = at(a.q, b, rows[r].head, rows[r].query, 0);
+      if (a.q.stride[3] == 1) {
+        std::memcpy(to, from, d * 2);
+        c = d;
+      }
       for (; c < d; ++c) to[c] = *reinterpret_cast<const uint16_t*>(from + c * a.q.stride[3] * 2);
     }
     for (; c < wide; ++c) to[c] = 0;
   }
+}
+
+// Queries that lie as the kernels read them need no copy; null where they do not.
+const char* queries_in_place(const Attention& a, int64_t b, const std::vector<Row>& rows, bool bf16, int64_t& stride) {
+  const int64_t n = static_cast<int64_t>(rows.size());
+  const bool ready = bf16 ? n % 16 == 0 && a.q.shape[3] % 32 == 0 : a.q.dtype == F32;
+  if (!ready || a.q.stride[3] != 1 || rows[n - 1].query - rows[0].query != n - 1 || rows[n - 1].head != rows[0].head) return nullptr;
+  stride = a.q.stride[2];
+  return at(a.q, b, rows[0].head, rows[0].query, 0);
 }
 
 }  // namespace
@@ -127,14 +146,18 @@ void attend(const Attention& a, const View& out, float* lse) {
       tile.k = packed.keys.get() + i * packed.key_bytes;
       tile.v = in_place ? at(a.v, b, kv, 0, 0) : packed.values.get() + i * packed.value_bytes;
       tile.v_stride = in_place ? a.v.stride[2] : wide_v;
-      tile.q = w.q.get();
       tile.o = w.o.get();
       tile.m = w.m;
       tile.l = w.l;
       tile.scratch = w.scratch.get();
       each_group(plan, head, t, w.rows, [&] {
         plan.look(b, t * plan.tile - plan.lead, w.rows, w.list, w.sight, tile);
-        pack_queries(a, b, w.rows, bf16, wide_d, w.q.get());
+        tile.q = queries_in_place(a, b, w.rows, bf16, tile.q_stride);
+        if (!tile.q) {
+          pack_queries(a, b, w.rows, bf16, wide_d, w.q.get());
+          tile.q = w.q.get();
+          tile.q_stride = wide_d;
+        }
         tile.sanitize = false;
         (bf16 ? k.attend_bf16 : k.attend)(tile);
         if (!k.all_finite(tile.o, tile.rows * wide_v)) {
@@ -200,6 +223,7 @@ void attend_backward(const Attention& a, const Gradients& g) {
         TileGradient x{};
         x.tile.k = panels.get();
         x.tile.q = q.get();
+        x.tile.q_stride = wide_d;
         x.tile.scratch = scratch.get();
         x.lse = lse;
         x.shift = shift;

@@ -1,40 +1,37 @@
-// Scratch memory of a call: 64-byte aligned, freed with its owner, large ones on huge pages where the system has them.
+// Scratch memory of a call: 64-byte aligned, uninitialised, freed with its owner. Large pieces are kept for the next call, up
+// to a limit, because fresh pages cost more than the work on them.
 #pragma once
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <new>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace sieve {
+
+void* take_memory(size_t bytes);  // throws std::bad_alloc
+void give_memory(void* p, size_t bytes) noexcept;
 
 template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t count) {
-    if (count <= 0) return;
-    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
-    const size_t grain = bytes >= (1u << 22) ? 1u << 21 : 64;
-    data_ = static_cast<T*>(std::aligned_alloc(grain, (bytes + grain - 1) / grain * grain));
-    if (!data_) throw std::bad_alloc();
-#if defined(__linux__)
-    if (grain > 64) madvise(data_, bytes, MADV_HUGEPAGE);
-#endif
-  }
-  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  explicit Buffer(int64_t count)
+      : bytes_(count > 0 ? static_cast<size_t>(count) * sizeof(T) : 0),
+        data_(bytes_ ? static_cast<T*>(take_memory(bytes_)) : nullptr) {}
+  Buffer(Buffer&& other) noexcept : bytes_(other.bytes_), data_(other.data_) { other.data_ = nullptr; }
   Buffer& operator=(Buffer&& other) noexcept {
-    std::free(data_);
+    if (data_) give_memory(data_, bytes_);
+    bytes_ = other.bytes_;
     data_ = other.data_;
     other.data_ = nullptr;
     return *this;
   }
-  ~Buffer() { std::free(data_); }
+  ~Buffer() {
+    if (data_) give_memory(data_, bytes_);
+  }
   T* get() const { return data_; }
   T& operator[](int64_t i) const { return data_[i]; }
 
  private:
+  size_t bytes_ = 0;
   T* data_ = nullptr;
 };
 

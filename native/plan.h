@@ -60,9 +60,14 @@ void each_group(const Plan& plan, int64_t head, int64_t t, std::vector<Row>& row
   const int64_t together = n >= MAX_ROWS ? 1 : std::min(heads, MAX_ROWS / n);
   for (int64_t h = 0; h < heads; h += together)
     for (int64_t from = first; from < last; from += MAX_ROWS) {
-      rows.clear();
-      for (int64_t g = h; g < std::min(heads, h + together); ++g)
-        for (int64_t i = from; i < std::min(last, from + MAX_ROWS); ++i) rows.push_back({first_head + g, i});
+      const int64_t some = std::min(last, from + MAX_ROWS) - from, end = std::min(heads, h + together);
+      rows.resize((end - h) * some);
+      Row* row = rows.data();
+      for (int64_t g = h; g < end; ++g)
+        for (int64_t i = 0; i < some; ++i, ++row) {
+          row->head = first_head + g;
+          row->query = from + i;
+        }
       body();
     }
 }

@@ -15,7 +15,6 @@ namespace sieve {
 namespace {
 
 constexpr double LOG2E = 1.4426950408889634;
-constexpr float LOWEST = -1e30f;
 const float INFINITE = std::numeric_limits<float>::infinity();
 
 template <class T>
@@ -133,7 +132,7 @@ class Choice {
     blocks();
     chosen_.assign(n_, 0);
     switch (g_.rule) {
-      case TOP_K:
+      case TOP_BLOCKS:
       case TARGET_SPARSITY: rank(); break;
       case THRESHOLD:
       case RELATIVE_THRESHOLD: threshold(); break;

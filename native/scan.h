@@ -7,7 +7,7 @@
 namespace sieve {
 
 enum Scorer : int32_t { SKETCH = 0, MEAN = 1, EUCLIDEAN = 2 };
-enum Rule : int32_t { TOP_K = 0, TARGET_SPARSITY = 1, THRESHOLD = 2, RELATIVE_THRESHOLD = 3, MASS = 4, CERTIFIED = 5 };
+enum KeepRule : int32_t { TOP_BLOCKS = 0, TARGET_SPARSITY = 1, THRESHOLD = 2, RELATIVE_THRESHOLD = 3, MASS = 4, CERTIFIED = 5 };
 
 struct Gate {
   View q;                        // [batch, q_heads, q_len, d], channels side by side
@@ -18,7 +18,6 @@ struct Gate {
   View key_scale;                // [1, batch, kv_heads, kv_len] fp16
   View channel_scale;            // [1, batch, kv_heads, d] fp32
   View error, metric_error;      // as key_scale
-  View spectral, metric_spectral;  // [1, batch, kv_heads, blocks] fp32
   View mean;                     // [batch, kv_heads, blocks, d] fp32
   View radius, key_norm;         // [1, batch, kv_heads, blocks] fp32
   View count, finite;            // int32, bool
@@ -31,7 +30,7 @@ struct Gate {
   int64_t q_tile, lead, query_stride;
   bool share_group;
   int64_t sinks, near;           // forced: the first keys, and keys less than `near` positions away; 0: none
-  Rule rule;
+  KeepRule rule;
   double amount, dense_above;    // the number of the rule: k, sparsity, threshold, margin, mass or error
   double unit, exponential;      // how the sums of the attend stage round
   int threads;

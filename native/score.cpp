@@ -158,7 +158,6 @@ class SketchScores {
   // Chunks first..last-1 by the planes of a stage, with their errors. `open` is cleared where no block of a chunk may matter.
   void look(size_t unit, size_t stage, int64_t first, int64_t last, char* scratch, uint8_t* open) {
     GateUnit& u = units_[unit];
-    const bool full = stage + 1 == stages_.size();
     const std::vector<Errors>& errors = errors_[unit][stage];
     const float* level = levels_[unit].data();
     float largest[RANGE];
@@ -168,14 +167,8 @@ class SketchScores {
     for (int64_t p = 0; p < (last - first) * SCAN_PANELS; ++p, mass += u.width, error += u.width) {
       const int64_t key = (first * SCAN_PANELS + p) * PANEL_KEYS, end = std::min(g_.kv_len, key + PANEL_KEYS);
       const int64_t block = std::min(key / g_.kv_block, (g_.kv_len - 1) / g_.kv_block);
-      float plain, metric;
-      if (full) {
-        plain = largest_half(g_.error, u.batch, u.kv_head, key, end);
-        metric = largest_half(g_.metric_error, u.batch, u.kv_head, key, end);
-      } else {  // no row of a block is longer than its spectral norm
-        plain = std::sqrt(*entry<float>(g_.spectral, u.batch, u.kv_head, block)) * (1 + 1e-6f);
-        metric = std::sqrt(*entry<float>(g_.metric_spectral, u.batch, u.kv_head, block)) * (1 + 1e-6f);
-      }
+      const float plain = largest_half(g_.error, u.batch, u.kv_head, key, end);
+      const float metric = largest_half(g_.metric_error, u.batch, u.kv_head, key, end);
       const float norm = *entry<float>(g_.key_norm, u.batch, u.kv_head, block);
       bool small = true;
       for (size_t r = 0; r < u.rows.size(); ++r) {

@@ -298,7 +298,7 @@ def test_opcheck_of_attend(name):
 def test_opcheck_of_attend_backward():
     parts, spec = torch_op.pack(Selection((Ranges(9, 14, prefix=3, window=4),)))
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in operator_arguments(OPTIONAL["bias and sink"])]
-    grads = draw(7, 1, 4, 9, 3), draw(8, 1, 4, 9)
+    grads = draw(7, 1, 4, 9, 3), draw(8, 1, 4, 9), *torch_op.attend_op(*plain, parts, spec, "reference", 0)
     torch.library.opcheck(torch_op.backward_op, (*grads, *plain, parts, spec, "reference", 0), test_utils=CHECKS)
 
 

@@ -61,7 +61,7 @@ MAY_IMPORT = (
 )
 # a lower floor never imports a higher one
 FLOORS = [
-    {"arrays", "bounds", "checks", "registry"},
+    {"_native", "arrays", "bounds", "checks", "native", "registry"},
     {"types"},
     {"geometry"},
     {"scores", "patterns"},

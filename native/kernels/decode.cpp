@@ -71,6 +71,7 @@ static inline void fetch_next(const Tile& t, const Lines& x, int n) {
 
 void attend_lines(const LineTile& job) {
   const Tile& t = job.tile;
+  const FlushToZero flush;
   const int wide = (int)up(t.dv, 16);
   Scratch scratch{static_cast<char*>(t.scratch)};
   float* s = scratch.take<float>(MAX_ROWS * S_STRIDE);
@@ -81,7 +82,8 @@ void attend_lines(const LineTile& job) {
   const float* q = static_cast<const float*>(t.q);
   const float unit = exponent_unit(t);
   const bool shaped = transformed(t), in_place = job.v.dtype == F32 && t.dv % PANEL == 0;
-  start(t, wide);
+  Softmax sums;
+  start(t, sums, wide);
   if (t.sanitize) memset(marks, 0, sizeof(float) * t.rows * wide);
   for (int n = 0; n < t.panels; n += CHUNK_PANELS) {
     const int count = t.panels - n < CHUNK_PANELS ? t.panels - n : CHUNK_PANELS;
@@ -123,10 +125,10 @@ void attend_lines(const LineTile& job) {
         mark_non_finite(t, marks, s, row[j], to, j, t.dv, wide);
         row[j] = to;
       }
-    for (int r = 0; r < t.rows; ++r) soften<6>(t, r, s + r * S_STRIDE, count * PANEL, unit, wide);
+    for (int r = 0; r < t.rows; ++r) soften(t, sums, r, s + r * S_STRIDE, count * PANEL, unit, wide);
     times_rows(s, S_STRIDE, 1, t.rows, rows, row, wide, t.o, wide);
   }
-  if (t.sanitize) add_marks(t, marks, wide);
+  finish(t, sums, marks, wide);
 }
 
 void merge(const Tile& t, int parts, float* o, float* m, float* l) {
@@ -292,7 +294,8 @@ void attend_lines_bf16(const LineTile& job) {
   const int rows16 = (int)up(t.rows, 16);
   float* result = t.o;
   t.o = o;
-  start(t, wide);
+  Softmax sums;
+  start(t, sums, wide);
   if (t.sanitize) memset(marks, 0, sizeof(float) * t.rows * wide);
   memset(p + t.rows * CHUNK, 0, sizeof(uint16_t) * (rows16 - t.rows) * CHUNK);
   configure_lines(t.rows < 16 ? t.rows : 16);
@@ -337,12 +340,12 @@ void attend_lines_bf16(const LineTile& job) {
       }
     }
     if (t.sanitize)
-      for (int j = 0; j < pairs; ++j) clean_pair(t, marks, s, j, wide, const_cast<uint16_t*>(pair[j]));
-    for (int r = 0; r < t.rows; ++r) soften_bf16(t, r, s + r * S_STRIDE, count * PANEL, unit, wide, p + r * CHUNK);
+      for (int j = 0; j < pairs; ++j) clean_pair(marks, s, t.rows, j, wide, const_cast<uint16_t*>(pair[j]));
+    for (int r = 0; r < t.rows; ++r) soften_bf16(t, sums, r, s + r * S_STRIDE, count * PANEL, unit, wide, p + r * CHUNK);
     for (int r = 0; r < t.rows; r += 16) weigh_lines(p + r * CHUNK, pair, pairs, o + (int64_t)r * wide, wide);
   }
   _tile_release();
-  if (t.sanitize) add_marks(t, marks, wide);
+  finish(t, sums, marks, wide);
   const int narrow = (int)up(t.dv, 16);
   for (int r = 0; r < t.rows; ++r)
     for (int c = 0; c < wide; ++c)

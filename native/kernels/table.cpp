@@ -7,12 +7,17 @@ namespace sieve {
 namespace SIEVE_LEVEL {
 
 extern const Kernels table;
+// clang-format off
 const Kernels table = {
-    attends_bf16(), pack_keys,  pack_keys_bf16, pack_values_bf16, read_rows, attend, attend_bf16,
-    tile_scratch,   finish_row, all_finite,     put_row,
-    attend_lines,   attend_lines_bf16, lines_scratch, pack_rows_bf16, merge, scan_bytes, pack_scan, scan, scan_scratch,
+    attends_bf16(), pack_keys, pack_keys_bf16, pack_values_bf16, read_rows, attend, attend_bf16,
+    tile_scratch, finish_row, all_finite, put_row,
+    attend_lines, attend_lines_bf16, lines_scratch, pack_rows_bf16, merge, scan_bytes, pack_scan, scan, scan_scratch,
     dot_rows, fold, row_mass, best_row, powers, split, gradient, gradient_scratch,
+    channel_scale, summarise, key_run_scratch,
+    integer_tiles(), expand_codes, read_steps, prepare_lanes, score_keys, key_score_scratch, score_blocks,
+    largest_share, largest, mark_above, mark_mass, kth_largest,
 };
+// clang-format on
 
 }  // namespace SIEVE_LEVEL
 }  // namespace sieve

@@ -51,11 +51,16 @@ static inline float sum(vf x) {
 #endif
 }
 
-// The largest lane; NaN if any lane is.
+// The largest lane that is a number; -inf if none is.
 static inline float top(vf x) {
+  x = x == x ? x : splat(-__builtin_inff());
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
   float best = x[0];
-  for (int i = 1; i < LANES; ++i) best = (x[i] > best || x[i] != x[i]) ? x[i] : best;
+  for (int i = 1; i < LANES; ++i) best = x[i] > best ? x[i] : best;
   return best;
+#endif
 }
 
 // All ones in lane i where bit (first + i) of `bits` is set.
@@ -82,11 +87,35 @@ static inline vf round_even(vf x) {
 #endif
 }
 
-// 2^x for x <= 128; exactly 0 below -126, NaN for NaN. 6 terms err by 8e-8 of the result, 5 by 3e-6.
+// 2^x: NaN for NaN, exactly 0 for -inf. 6 terms err by 8e-8 of the result, 5 by 3e-6.
+#if defined(__AVX512F__)
+// 2^floor(x) comes from the scaling itself, the rest from a polynomial on [0, 1); no special case needs a look
 template <int Terms>
 static inline vf exp2_(vf x) {
-  const vi tiny = x < splat(-126.0f);
-  x = splat(-126.0f) > x ? splat(-126.0f) : x;
+  const vf f = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  vf p;
+  if constexpr (Terms >= 6) {
+    p = splat(1.8775766948238015e-3f);
+    p = p * f + 8.989340625703335e-3f;
+    p = p * f + 5.582631751894951e-2f;
+    p = p * f + 2.4015361070632935e-1f;
+    p = p * f + 6.931530833244324e-1f;
+    p = p * f + 9.999999403953552e-1f;
+  } else {
+    p = splat(1.3534167781472206e-2f);
+    p = p * f + 5.201146379113197e-2f;
+    p = p * f + 2.414427548646927e-1f;
+    p = p * f + 6.930038332939148e-1f;
+    p = p * f + 1.0000026226043701f;
+  }
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+}
+#else
+// (Just below 2^-126 lie denormal numbers, which cost a hundred times as much: what is masked must not become one on its way.)
+template <int Terms>
+static inline vf exp2_(vf x) {
+  const vi tiny = x < splat(-125.0f);
+  x = splat(-125.0f) > x ? splat(-125.0f) : x;
   const vf n = round_even(x), f = x - n;
   vf p;
   if constexpr (Terms >= 6) {
@@ -103,14 +132,28 @@ static inline vf exp2_(vf x) {
     p = p * f + 6.931217908859253e-1f;
     p = p * f + 9.999992847442627e-1f;
   }
-#if defined(__AVX512F__)
-  const vf r = (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
   vi whole;
   for (int i = 0; i < LANES; ++i) whole[i] = (int32_t)(n[i] == n[i] ? n[i] : 0.0f);
   const vf r = p * (vf)((whole + 127) << 23);
-#endif
   return (vf)(~tiny & (vi)r);
+}
+
+#endif
+
+// Natural logarithm of a positive number; -inf, inf and NaN as they should be. Errs by a unit or two.
+static inline float log_one(float x) {
+  if (!(x > 0.0f && x < __builtin_inff())) return __builtin_logf(x);
+  int32_t bits;
+  memcpy(&bits, &x, 4);
+  if (bits < 0x00800000) return __builtin_logf(x);
+  // x = 2^e * y with y in [sqrt(1/2), sqrt(2)); log y = 2 atanh((y - 1) / (y + 1))
+  const int32_t e = (bits - 0x3f3504f3) >> 23;
+  bits -= e * (1 << 23);
+  float y;
+  memcpy(&y, &bits, 4);
+  const float z = (y - 1.0f) / (y + 1.0f), w = z * z;
+  const float series = ((0.2360336f * w + 0.28535636f) * w + 0.40000374f) * w + 0.66666665f;
+  return (float)e * 0.693147180559945f + (z * w * series + 2.0f * z);
 }
 
 static inline float exp2_one(float x) { return exp2_<6>(splat(x))[0]; }

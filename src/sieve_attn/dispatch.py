@@ -31,16 +31,17 @@ class Request:
 
 def why_not(name: str, request: Request) -> tuple[str, ...]:
     """Every reason why backend ``name`` cannot run ``request``; empty if it can."""
-    if not _here(name):
+    if not _is_there(name):
         return (f"sieve_attn.attend.{name} is not part of this installation",)
     return tuple(module(name).why_not(request))
 
 
 @lru_cache
-def _here(name: str) -> bool:
+def _is_there(name: str) -> bool:
     return find_spec(f"sieve_attn.attend.{name}") is not None
 
 
+@lru_cache
 def module(name: str) -> ModuleType:
     return import_module(f"sieve_attn.attend.{name}")
 

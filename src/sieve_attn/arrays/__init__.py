@@ -12,9 +12,14 @@ from types import ModuleType
 
 _OPERATIONS = {"torch": "sieve_attn.arrays.torch_ops", "numpy": "sieve_attn.arrays.numpy_ops"}
 
+of_type: dict[type, ModuleType] = {}  # each operations module enters its array type here
+
 
 def namespace(*arrays) -> ModuleType:
     """The operations module of the framework that made ``arrays`` (None entries are passed over)."""
+    known = of_type.get(type(arrays[0])) if arrays else None
+    if known is not None and all(a is None or type(a) is type(arrays[0]) for a in arrays):
+        return known
     kinds = {base.__module__.partition(".")[0] for a in arrays if a is not None for base in type(a).__mro__}
     found = [name for name in _OPERATIONS if name in kinds]
     if len(found) != 1:

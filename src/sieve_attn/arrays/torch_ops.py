@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from sieve_attn.arrays import of_type
 
 name = "torch"
 float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -19,6 +22,10 @@ einsum, broadcast_to, logaddexp = torch.einsum, torch.broadcast_to, torch.logadd
 @contextmanager
 def no_grad() -> Iterator[None]:
     """Neither gradients nor autocast: what ranks, attends or proves is computed in the precision that it was written for."""
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        with torch.no_grad():
+            yield
+        return
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
@@ -222,3 +229,6 @@ def autocast(*parts):
     if not torch.is_autocast_enabled(device) or any(p.dtype == torch.float64 for p in parts):
         return parts
     return tuple(p.to(torch.get_autocast_dtype(device)) if p.dtype.is_floating_point else p for p in parts)
+
+
+of_type[torch.Tensor] = sys.modules[__name__]

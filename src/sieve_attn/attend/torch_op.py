@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sieve_attn import dispatch, policies
 from sieve_attn import geometry as stage_geometry
@@ -81,9 +80,10 @@ def attend_op(
 
 @torch.library.custom_op("sieve_attn::attend_backward", mutates_args=())
 def backward_op(
-    grad_output: Tensor, grad_lse: Tensor, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-    key_mask: Tensor | None, bias: Tensor | None, cu_seqlens: Tensor | None, sink: Tensor | None, causal: bool, scale: float,
-    softcap: float | None, window: int | None, parts: list[Tensor], spec: str, backend: str, far_block: int,
+    grad_output: Tensor, grad_lse: Tensor, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    mask: Tensor | None, key_mask: Tensor | None, bias: Tensor | None, cu_seqlens: Tensor | None, sink: Tensor | None,
+    causal: bool, scale: float, softcap: float | None, window: int | None, parts: list[Tensor], spec: str, backend: str,
+    far_block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, value, bias and sink (empty where absent)."""
     call = _call(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window)
@@ -188,18 +188,19 @@ attend_op.register_autograd(_backward_attend, setup_context=_setup_attend)
 
 
 def _nobody_watches(call: Call) -> bool:
-    """Whether plain tensors come without autograd, tracing or a transformation, which all have to see an operator."""
-    given = [x for x in (call.query, call.key, call.value, call.bias, call.sink) if x is not None]
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return (
-        all(type(x) is Tensor and not x.requires_grad and not wrapped(x) for x in given)
-        and _get_current_dispatch_mode() is None
-    )
+    """Neither autograd nor a transform nor a tensor of another kind needs to see an operator: it can be passed by."""
+    tensors = [x for x in (call.query, call.key, call.value, call.mask, call.key_mask, call.bias, call.sink) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return all(type(x) is Tensor for x in tensors) and _transforms() is None and _modes() == 0
+
+
+_transforms = torch._C._functorch.peek_interpreter_stack
+_modes = torch._C._len_torch_dispatch_stack
 
 
 def attend(call: Call, selection: Selection, backend: str, field: far.FarField | None) -> tuple[Tensor, Tensor]:
     if _nobody_watches(call):
-        # an operator costs as much as a short decoding step
         with torch_ops.no_grad():
             return dispatch.module(backend).attend(call, selection, field)
     parts, spec = pack(selection)

@@ -1,10 +1,10 @@
-"""The command line: ``sieve generate``, ``compare``, ``inspect`` and ``doctor``. Commands load what they need when they run."""
+"""The command line: ``sieve generate``, ``compare``, ``inspect``, ``doctor``, ``bench``; each loads what it needs when run."""
 
 from __future__ import annotations
 
 import typer
 
-from sieve_attn.cli import compare, doctor, generate
+from sieve_attn.cli import bench, compare, doctor, generate
 
 app = typer.Typer(
     help="Sparse attention that says how much it skipped.", no_args_is_help=True, add_completion=False,
@@ -13,6 +13,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("compare")(compare.compare)
 app.command("inspect")(compare.inspect)
+app.add_typer(bench.bench, name="bench")
 app.command("doctor")(doctor.doctor)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from sieve_attn import dispatch
+from sieve_attn import dispatch, native
 from sieve_attn.cli import options as o
 
 PACKAGES = (
@@ -42,6 +42,13 @@ def doctor(json: o.Json = False) -> None:
     table.add_row("python", machine["python"])
     table.add_row("machine", f"{machine['system']}, {machine['cpus']} CPUs, torch threads {machine['torch_threads']}")
     table.add_row("cpu features", " ".join(machine["cpu_features"]) or "unknown")
+    kernels = found["kernels"]
+    if kernels["missing"]:
+        table.add_row("native kernels", "; ".join(kernels["missing"]))
+    else:
+        table.add_row(
+            "native kernels", f"level {kernels['level']} of {', '.join(kernels['levels'])} (SIEVE_LEVEL chooses another)"
+        )
     table.add_row("accelerators", ", ".join(machine["accelerators"]) or "none")
     table.add_row("embedded model", "present" if found["embedded_model"] else "missing: train it with models/train.py")
     console.print(table)
@@ -68,6 +75,10 @@ def examine() -> dict[str, Any]:
         "machine": {
             "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count(),
             "torch_threads": threads, "cpu_features": cpu_features(), "accelerators": accelerators,
+        },
+        "kernels": {
+            "missing": list(native.missing()), "level": native.level(),
+            "levels": [] if native.missing() else native.module().levels(),
         },
         "embedded_model": all((embedded / name).is_file() for name in ("config.json", "model.safetensors")),
         "backends": {

@@ -13,10 +13,12 @@ from sieve_attn.attend.native import ROUNDING
 from sieve_attn.geometry.sketch import CALIBRATION
 from sieve_attn.patterns import Sinks, Window
 from sieve_attn.patterns.base import members
-from sieve_attn.policies import Policy
 from sieve_attn.scores import Euclidean, KeySketch, Mean
-from sieve_attn.selection import Certified, Mass, RelativeThreshold, TargetSparsity, Threshold, TopK
-from sieve_attn.types import Blocks, Call, Fallback, Geometry, Selection
+from sieve_attn.selection.certified import Certified
+from sieve_attn.selection.mass import Mass
+from sieve_attn.selection.threshold import RelativeThreshold, Threshold
+from sieve_attn.selection.top_k import TargetSparsity, TopK
+from sieve_attn.types import Blocks, Call, Geometry, Selection
 
 Array = Any
 
@@ -34,7 +36,7 @@ RULES = {
 DIGITS = 3  # integers of 8 bits that stand for a channel of an exact query
 
 
-def why_not(call: Call, geometry: Geometry, policy: Policy, per_query: bool) -> tuple[str, ...]:
+def why_not(call: Call, geometry: Geometry, policy: Any, per_query: bool) -> tuple[str, ...]:
     """Every reason why this gate cannot choose for ``call``; empty if it can."""
     reasons = list(native.missing())
     device = str(getattr(call.query, "device", "cpu")).partition(":")[0]
@@ -57,6 +59,8 @@ def why_not(call: Call, geometry: Geometry, policy: Policy, per_query: bool) -> 
         reasons.append(f"blocks must be made of 16 keys, not of {policy.block_size}")
     if policy.keep is not None and any(type(p) not in (Sinks, Window) for p in members(policy.keep)):
         reasons.append("it forces sinks and windows only")
+    if str(geometry.mean.dtype).rpartition(".")[2] != "float32":
+        reasons.append("it reads a geometry of float32")
     if call.query.shape[3] > 512:
         reasons.append("it takes at most 512 channels")
     if not reasons and scorer is KeySketch:
@@ -80,8 +84,8 @@ def _before_calibration(call: Call, geometry: Geometry) -> tuple[str, ...]:
     return (f"queries before position {end} would see keys that calibrate the sketch",)
 
 
-def select(call: Call, geometry: Geometry, policy: Policy) -> tuple[Selection, tuple[Array, Array], tuple[Fallback, ...]]:
-    """``(selection, (kept, visible) keys [batch, heads, tiles], fallbacks)``, as :func:`sieve_attn.pipeline.select` gives them."""
+def select(call: Call, geometry: Geometry, policy: Any) -> tuple[Selection, tuple[Array, Array], Array]:
+    """``(selection, (kept, visible) key counts [batch, heads, tiles], tiles that turned dense)``; see ``pipeline.select``."""
     xp = arrays.namespace(call.query)
     alive: list[Array] = []
 
@@ -114,7 +118,6 @@ def select(call: Call, geometry: Geometry, policy: Policy) -> tuple[Selection, t
             bits=min(policy.scorer.bits, sketch.bits), sketch_bits=sketch.bits, digits=2 if certified else DIGITS if exact else 1,
             planes=held(sketch.planes[0]), plane_stride=_stride(sketch.planes, 0), scale=held(sketch.scale),
             channel_scale=held(sketch.channel_scale), error=held(sketch.error), metric_error=held(sketch.metric_error),
-            spectral=held(sketch.spectral), metric_spectral=held(sketch.metric_spectral),
         )  # fmt: skip
     chosen = native.module().choose(gate)
     tiles = -(-(call.q_len + lead) // policy.query_tile)
@@ -122,22 +125,12 @@ def select(call: Call, geometry: Geometry, policy: Policy) -> tuple[Selection, t
     row_ptr = xp.empty((units[0] * units[1] * units[2] + 1,), xp.int64, call.query)
     index = xp.empty((chosen.entries,), xp.int32, call.query)
     kept, visible = (xp.empty(units, xp.int64, call.query) for _ in range(2))
-    chosen.write(*(native.view(x) for x in (row_ptr, index, kept, visible)))
+    dense = xp.empty(units, xp.boolean, call.query)
+    chosen.write(*(native.view(x.reshape(-1)) for x in (row_ptr, index, kept, visible, dense)))
     blocks = Blocks(
         row_ptr, index, units[0], heads, call.q_len, call.kv_len, policy.query_tile, policy.block_size, lead
     )
-    return Selection((blocks,)), (kept, visible), _fallbacks(policy, chosen)
-
-
-def _fallbacks(policy: Policy, chosen: Any) -> tuple[Fallback, ...]:
-    found: tuple[Fallback, ...] = ()
-    if policy.selector.may_turn_dense and chosen.dense:
-        reason = f"{type(policy.selector).__name__} would keep more than dense_above={policy.dense_above} of a tile"
-        found = (Fallback(reason, chosen.dense),)
-    whole = chosen.whole - chosen.dense
-    if policy.selector.needs_brackets and whole:
-        found += (Fallback("the proof needed every visible block of a tile", whole),)
-    return found
+    return Selection((blocks,)), (kept, visible), dense
 
 
 def _stride(x: Array, axis: int) -> int:
