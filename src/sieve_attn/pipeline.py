@@ -174,8 +174,7 @@ def _kernels(call: Call, geometry: Geometry, policy: Policy, per_query: bool, ba
     """The module whose kernels choose for this call: a few queries scan the sketch, more go tile by tile; None for neither."""
     if backend == "reference":
         return None
-    which = native_scan if call.q_len <= native_scan.QUERIES else gate
-    return None if which.why_not(call, geometry, policy, per_query) else which
+    return next((kernels for kernels in (native_scan, gate) if not kernels.why_not(call, geometry, policy, per_query)), None)
 
 
 def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = False, backend: str = "auto"):

@@ -64,7 +64,12 @@ def paged_attention(
     device = str(getattr(query, "device", "cpu")).partition(":")[0]
     kinds = ("Ranges",) if selection is None else selection.kinds
     request = dispatch.Request(
-        arrays.namespace(query).name, device, str(query.dtype).rpartition(".")[2], query.shape[3], value_cache.shape[3], kinds=kinds
+        arrays.namespace(query).name,
+        device,
+        str(query.dtype).rpartition(".")[2],
+        query.shape[3],
+        value_cache.shape[3],
+        kinds=kinds,
     )
     name, _ = dispatch.choose(backend, request) if backend != "auto" else _automatic(request)
     module = dispatch.module(name)
@@ -108,9 +113,7 @@ def _of_sequence(part: Blocks, b: int, length: int) -> Blocks:
     every = part.to_tiles()
     mine = every if part.batch == 1 else every[b : b + 1]
     kept = mine[..., : -(-length // part.kv_block)]
-    return Blocks.from_tiles(
-        kept, q_len=part.q_len, kv_len=length, q_block=part.q_block, kv_block=part.kv_block, lead=part.lead
-    )
+    return Blocks.from_tiles(kept, q_len=part.q_len, kv_len=length, q_block=part.q_block, kv_block=part.kv_block, lead=part.lead)
 
 
 def _automatic(request: dispatch.Request) -> tuple[str, str]:
@@ -128,12 +131,16 @@ def _checked(query, key_cache, value_cache, block_table, lengths, scale, softcap
             raise error(name, "must have 4 axes, none of length 0", f"shape {shape_of(x)}", "see paged_attention for the axes")
     if not query.dtype == key_cache.dtype == value_cache.dtype or not xp.is_float(query):
         dtypes = f"{query.dtype}, {key_cache.dtype}, {value_cache.dtype}"
-        raise error("query, key_cache, value_cache", "must share one floating dtype", dtypes, "cast the query to the cache's dtype")
+        raise error(
+            "query, key_cache, value_cache", "must share one floating dtype", dtypes, "cast the query to the cache's dtype"
+        )
     batch, q_heads, q_len, dim = shape_of(query)
     count, size, kv_heads, key_dim = shape_of(key_cache)
     if shape_of(value_cache)[:3] != (count, size, kv_heads):
         rule = "must have the pages, page size and heads of `key_cache`"
-        raise error("value_cache", rule, f"{shape_of(value_cache)} against {shape_of(key_cache)}", "pass both caches of one layer")
+        raise error(
+            "value_cache", rule, f"{shape_of(value_cache)} against {shape_of(key_cache)}", "pass both caches of one layer"
+        )
     if key_dim != dim or q_heads % kv_heads:
         rule = f"must have head_dim {dim} and a number of KV heads that divides {q_heads}"
         raise error("key_cache", rule, f"shape {shape_of(key_cache)}", "the axes are [pages, page_size, kv_heads, dim]")

@@ -127,9 +127,7 @@ def select(call: Call, geometry: Geometry, policy: Any) -> tuple[Selection, tupl
     kept, visible = (xp.empty(units, xp.int64, call.query) for _ in range(2))
     dense = xp.empty(units, xp.boolean, call.query)
     chosen.write(*(native.view(x.reshape(-1)) for x in (row_ptr, index, kept, visible, dense)))
-    blocks = Blocks(
-        row_ptr, index, units[0], heads, call.q_len, call.kv_len, policy.query_tile, policy.block_size, lead
-    )
+    blocks = Blocks(row_ptr, index, units[0], heads, call.q_len, call.kv_len, policy.query_tile, policy.block_size, lead)
     return Selection((blocks,)), (kept, visible), dense
 
 
