@@ -182,6 +182,11 @@ def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = 
 
     ``backend="reference"`` goes chunk by chunk through array operations; others take kernels where kernels know the policy.
     """
+    if policy.selector.needs_brackets:
+        # a proof made of rounded products would be none
+        from sieve_attn.certify.reference import require_full_precision
+
+        require_full_precision(arrays.namespace(call.query), call.query)
     kernels = _kernels(call, geometry, policy, per_query, backend)
     if kernels is not None:
         selection, counts, dense = kernels.select(call, geometry, policy)
@@ -206,11 +211,6 @@ def _fallbacks(policy: Policy, kept: Array, visible: Array, dense: Array) -> tup
 def _select(call: Call, geometry: Geometry, policy: Policy, per_query: bool):
     """The reference: ``(selection, (kept, visible), tiles that turned dense)``, chunk by chunk."""
     xp = arrays.namespace(call.query)
-    if policy.selector.needs_brackets:
-        # a proof made of rounded products would be none
-        from sieve_attn.certify.reference import require_full_precision
-
-        require_full_precision(xp, call.query)
     heads = call.key.shape[1] if policy.share_group else call.query.shape[1]
     parts = []
     with xp.no_grad():
