@@ -175,9 +175,10 @@ Gate make_gate(const View& q, const std::string& scorer, const std::string& rule
   return g;
 }
 
-void set_sketch(Gate& g, int bits, int sketch_bits, int digits, const View& planes, int64_t plane_stride, const View& scale,
+void set_sketch(Gate& g, const View& key, int bits, int sketch_bits, int digits, const View& planes, int64_t plane_stride, const View& scale,
                 const View& channel_scale, const View& error, const View& metric_error) {
   g.bits = bits;
+  g.key = key;
   g.sketch_bits = sketch_bits;
   g.digits = digits;
   g.planes = planes;
@@ -337,7 +338,7 @@ NB_MODULE(_native, m) {
            "radius"_a.none(), "key_mask"_a.none(), "sink"_a.none(), "causal"_a, "window"_a.none(), "scale"_a, "kv_len"_a,
            "kv_block"_a, "q_tile"_a, "lead"_a, "query_stride"_a, "share_group"_a, "sinks"_a, "near"_a, "unit"_a, "exponential"_a,
            "threads"_a)
-      .def("set_sketch", &set_sketch, "bits"_a, "sketch_bits"_a, "digits"_a, "planes"_a, "plane_stride"_a, "scale"_a,
+      .def("set_sketch", &set_sketch, "key"_a, "bits"_a, "sketch_bits"_a, "digits"_a, "planes"_a, "plane_stride"_a, "scale"_a,
            "channel_scale"_a, "error"_a, "metric_error"_a);
   nb::class_<Chosen>(m, "Chosen")
       .def_prop_ro("entries", [](const Chosen& c) { return c.block.size(); })

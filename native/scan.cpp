@@ -15,6 +15,7 @@ namespace sieve {
 namespace {
 
 constexpr double LOG2E = 1.4426950408889634;
+constexpr double VAGUE = 2.0;  // mean uncertainty, in powers of two, above which keys are read for a proof
 const float INFINITE = std::numeric_limits<float>::infinity();
 
 template <class T>
@@ -166,7 +167,7 @@ class Choice {
   size_t rows_;
   std::vector<int32_t> keys_;          // of each block, the most that a row sees
   std::vector<uint8_t> forced_, chosen_;
-  std::vector<float> table_, lower_;   // [blocks][width]; for proofs upper and lower masses
+  Buffer<float> table_, lower_;   // [blocks][width]; for proofs upper and lower masses
 
   bool masked(int64_t key) const {
     return g_.key_mask.data &&
@@ -229,28 +230,30 @@ class Choice {
   void blocks() {
     const int64_t width = u_.width, each = g_.kv_block / PANEL_KEYS, panels = (g_.kv_len + PANEL_KEYS - 1) / PANEL_KEYS;
     float* mass = u_.mass.get();
+    table_ = Buffer<float>(n_ * width);
     if (g_.rule == CERTIFIED) {
-      std::vector<float> low(panels * width);
-      for (int64_t i = 0; i < panels * width; ++i) {
-        low[i] = mass[i] - u_.error[i];
-        mass[i] += u_.error[i];
-      }
-      lower_.resize(n_ * width);
-      table_.resize(n_ * width);
+      lower_ = Buffer<float>(n_ * width);
+      float* error = u_.error.get();
       if (each == 1) {
-        std::copy_n(low.data(), panels * width, lower_.data());
-        std::copy_n(mass, panels * width, table_.data());
-      } else {
-        k_.fold(low.data(), panels, each, width, lower_.data());
-        k_.fold(mass, panels, each, width, table_.data());
+        for (int64_t i = 0; i < n_ * width; ++i) {
+          table_[i] = mass[i] + error[i];
+          lower_[i] = mass[i] - error[i];
+        }
+        return;
       }
+      for (int64_t i = 0; i < panels * width; ++i) {
+        const float middle = mass[i];
+        mass[i] = middle + error[i];
+        error[i] = middle - error[i];
+      }
+      k_.fold(error, panels, each, width, lower_.get());
+      k_.fold(mass, panels, each, width, table_.get());
       return;
     }
-    table_.resize(n_ * width);
     if (g_.scorer == SKETCH && each > 1)
-      k_.fold(mass, panels, each, width, table_.data());
+      k_.fold(mass, panels, each, width, table_.get());
     else
-      std::copy_n(mass, n_ * width, table_.data());
+      std::copy_n(mass, n_ * width, table_.get());
     for (size_t r = 0; r < rows_; ++r)
       if (!u_.rows[r].sound)
         for (int64_t b = 0; b < n_; ++b)
@@ -259,7 +262,7 @@ class Choice {
 
   std::vector<float> bases(bool looked_only) {
     std::vector<float> base(u_.width);
-    k_.row_mass(table_.data(), n_, u_.width, base.data());
+    k_.row_mass(table_.get(), n_, u_.width, base.data());
     for (size_t r = 0; r < base.size(); ++r) {
       if (!std::isfinite(base[r])) base[r] = 0;
       if (r >= rows_ || (looked_only && !u_.rows[r].looked)) base[r] = INFINITE;
@@ -270,7 +273,7 @@ class Choice {
   void rank() {
     const std::vector<float> base = bases(true);
     std::vector<float> best(n_);
-    k_.best_row(table_.data(), base.data(), n_, u_.width, best.data());
+    k_.best_row(table_.get(), base.data(), n_, u_.width, best.data());
     int64_t there = 0;
     for (int64_t b = 0; b < n_; ++b) there += keys_[b] > 0;
     int64_t k = static_cast<int64_t>(g_.amount);
@@ -323,12 +326,13 @@ class Choice {
     }
     const std::vector<float> base = bases(true);
     const int64_t width = u_.width;
-    std::vector<float> share(n_ * width), level(width), below(width), above(width);
-    k_.powers(table_.data(), base.data(), n_, width, share.data());
+    const Buffer<float> share(n_ * width);
+    std::vector<float> level(width), below(width), above(width);
+    k_.powers(table_.get(), base.data(), n_, width, share.get());
     std::vector<uint32_t> low(width, 0), high(width, 0x3f900000u);  // shares are at most about 1
     for (int step = 0; step < 31; ++step) {
       for (int64_t r = 0; r < width; ++r) level[r] = bits_to_float(low[r] + (high[r] - low[r]) / 2);
-      k_.split(share.data(), share.data(), level.data(), n_, width, below.data(), above.data());
+      k_.split(share.get(), share.get(), level.data(), n_, width, below.data(), above.data());
       for (int64_t r = 0; r < width; ++r) {
         const uint32_t middle = low[r] + (high[r] - low[r]) / 2;
         if (above[r] < g_.amount)
@@ -338,7 +342,7 @@ class Choice {
       }
     }
     for (int64_t r = 0; r < width; ++r) level[r] = bits_to_float(high[r]);
-    k_.split(share.data(), share.data(), level.data(), n_, width, below.data(), above.data());
+    k_.split(share.get(), share.get(), level.data(), n_, width, below.data(), above.data());
     for (size_t r = 0; r < rows_; ++r) {
       if (!u_.rows[r].looked) continue;
       double total = above[r];
@@ -357,9 +361,65 @@ class Choice {
   // Of every row the fewest blocks, by falling upper bound, such that the upper bounds of the rest are at most kappa times the
   // lower bounds of what is kept. The union of the rows' blocks then proves every row: more blocks never drop more mass.
   void prove() {
+    std::vector<uint8_t> wanted = proved_blocks();
+    if (!vague(wanted)) {
+      chosen_ = wanted;
+      return;
+    }
+    read_keys(wanted);
+    chosen_ = proved_blocks();
+  }
+
+  // Whether the masses of what would be kept are so uncertain that reading its keys pays. They are mostly read again at once, so
+  // that half of their cost is that of the attend stage.
+  bool vague(const std::vector<uint8_t>& wanted) const {
+    double gap = 0, total = 0;
+    for (int64_t b = 0; b < n_; ++b) {
+      if (!wanted[b] || forced_[b] || keys_[b] == 0) continue;
+      float least = INFINITE;  // of the row that needs it most
+      for (size_t r = 0; r < rows_; ++r)
+        if (u_.rows[r].sound && table_[b * u_.width + r] > -INFINITE) least = std::min(least, table_[b * u_.width + r] - lower_[b * u_.width + r]);
+      if (least == INFINITE) continue;
+      gap += std::min(least, 100.0f);
+      total += 1;
+    }
+    return gap > VAGUE * total && total > 0;
+  }
+
+  // The masses of these blocks from their keys, with the margin of rounded products. What is kept counts as it is; what is
+  // dropped is bounded by the sketch alone, so that a certificate made from the sketch agrees.
+  void read_keys(const std::vector<uint8_t>& wanted) {
+    const int64_t width = u_.width, d = g_.q.shape[3];
+    std::vector<float> dots(g_.kv_block * width), mass(width);
+    for (int64_t b = 0; b < n_; ++b) {
+      if (!wanted[b] || forced_[b] || keys_[b] == 0) continue;
+      const int64_t from = b * g_.kv_block, to = std::min(g_.kv_len, from + g_.kv_block);
+      k_.dot_rows(u_.floats.data(), static_cast<int32_t>(width), static_cast<int32_t>(d), at(g_.key, u_.batch, u_.kv_head, from, 0),
+                  g_.key.dtype, g_.key.stride[2], to - from, dots.data());
+      for (int64_t j = from; j < to; ++j)
+        for (int64_t r = 0; r < width; ++r) {
+          float& x = dots[(j - from) * width + r];
+          const bool sees = j >= u_.low[r] && j < u_.high[r] && !masked(j);
+          x = sees ? x * static_cast<float>(g_.scale * LOG2E) : -INFINITE;
+        }
+      k_.fold(dots.data(), to - from, to - from, width, mass.data());
+      const double norm = read<float>(g_.key_norm, u_.batch, u_.kv_head, b);
+      for (size_t r = 0; r < rows_; ++r) {
+        if (!u_.rows[r].sound || mass[r] == -INFINITE) continue;
+        const double terms = static_cast<double>(d + g_.kv_block + 16) * 0x1p-24;
+        const float e = static_cast<float>((terms * (g_.scale * u_.rows[r].norm * norm + 1) + 0x1p-20) * LOG2E * (1 + 1e-5));
+        float& low = lower_[b * width + r];
+        low = std::max(low, mass[r] - e);
+      }
+    }
+  }
+
+  std::vector<uint8_t> proved_blocks() {
+    std::vector<uint8_t> wanted(n_, 0);
     const int64_t width = u_.width;
     const double target = g_.amount * (1 - 0x1p-10), kappa = target / (1 - target);
-    std::vector<float> base(width, 0.0f), upper(n_ * width), lower(n_ * width), level(width), below(width), above(width);
+    const Buffer<float> upper(n_ * width), lower(n_ * width);
+    std::vector<float> base(width, 0.0f), level(width), below(width), above(width);
     std::vector<double> sink(width, 0.0), keep(width, 0.0);
     std::vector<uint8_t> sound(width, 1);
     double longest = 0;
@@ -384,8 +444,8 @@ class Choice {
       const double size = std::fabs(base[r]) + std::log2(static_cast<double>(g_.kv_len) + 1) + 2;
       keep[r] = std::exp(-(margin + terms * g_.unit + 4 * g_.unit * size + g_.exponential)) * (1 - static_cast<double>(n_ + 64) * 0x1p-24);
     }
-    k_.powers(table_.data(), base.data(), n_, width, upper.data());
-    k_.powers(lower_.data(), base.data(), n_, width, lower.data());
+    k_.powers(table_.get(), base.data(), n_, width, upper.get());
+    k_.powers(lower_.get(), base.data(), n_, width, lower.get());
     for (int64_t b = 0; b < n_; ++b)
       for (size_t r = 0; r < rows_; ++r) {
         float& u = upper[b * width + r];
@@ -403,15 +463,16 @@ class Choice {
     std::vector<uint32_t> low(width, 0), high(width, 0x3f800000u + (1u << 20));
     for (int step = 0; step < 18; ++step) {
       for (int64_t r = 0; r < width; ++r) level[r] = bits_to_float(low[r] + (high[r] - low[r]) / 2);
-      k_.split(upper.data(), lower.data(), level.data(), n_, width, below.data(), above.data());
+      k_.split(upper.get(), lower.get(), level.data(), n_, width, below.data(), above.data());
       for (size_t r = 0; r < rows_; ++r) (proved(static_cast<int64_t>(r)) ? low : high)[r] = low[r] + (high[r] - low[r]) / 2;
     }
     for (int64_t r = 0; r < width; ++r) level[r] = bits_to_float(low[r]);
     for (int64_t b = 0; b < n_; ++b) {
       bool need = false;
       for (size_t r = 0; r < rows_; ++r) need |= upper[b * width + r] > level[r];
-      chosen_[b] |= need;
+      wanted[b] = need;
     }
+    return wanted;
   }
 
   // A row of which nothing was kept keeps its best block.

@@ -13,6 +13,7 @@ struct Gate {
   View q;                        // [batch, q_heads, q_len, d], channels side by side
   Scorer scorer;
   int bits, sketch_bits, digits; // planes that rank, planes that there are, integers that stand for one channel of a query
+  View key;                      // [batch, kv_heads, kv_len, d], channels side by side: read for what the sketch cannot decide
   View planes;                   // [batch, kv_heads, kv_len, bytes] of the first plane
   int64_t plane_stride;          // bytes from plane to plane
   View key_scale;                // [1, batch, kv_heads, kv_len] fp16

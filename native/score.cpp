@@ -1,6 +1,7 @@
 // Scores of the gate: block masses from bit planes, read as far as a proof needs them, or from block means.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "rows.h"
@@ -13,7 +14,8 @@ namespace {
 
 constexpr double LOG2E = 1.4426950408889634;
 constexpr int64_t RANGE = 128;     // panels that one thread scans at a time
-constexpr int64_t SAMPLE = 16;     // every 16th chunk says what the whole may weigh
+constexpr int64_t SAMPLE = 16, RUN = 8;  // every 16th run of 8 chunks says what the whole may weigh
+constexpr size_t TRIALS = 4;       // of that sample, every 4th also says whether a coarse look would do
 const float INFINITE = std::numeric_limits<float>::infinity();
 
 template <class T>
@@ -43,16 +45,23 @@ Errors errors_of(const Gate& g, const ScanRow& r, int bits) {
           outward((keys + 16) * 0x1p-24 + 0x1p-15)};
 }
 
-float half(uint16_t h) {
-  const int e = h >> 10 & 31, m = h & 1023;
-  if (e == 31) return INFINITE;
-  return static_cast<float>(e ? std::ldexp(1024 + m, e - 25) : std::ldexp(m, -24));
+// A positive half, infinity included.
+float half(int16_t h) {
+  if (h >= 0x7c00) return INFINITE;
+  const uint32_t bits = static_cast<uint32_t>(h) << 13;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x * 0x1p112f;  // denormal halves included
 }
 
 // The largest error of the keys of a panel. Positive halves are ordered like their bits.
 float largest_half(const View& x, int64_t b, int64_t h, int64_t first, int64_t last) {
-  const uint16_t* from = entry<uint16_t>(x, b, h, first);
-  uint16_t most = 0;
+  const int16_t* from = entry<int16_t>(x, b, h, first);
+  int16_t most = 0;
+  if (x.stride[3] == 1 && last - first == PANEL_KEYS) {
+    for (int i = 0; i < PANEL_KEYS; ++i) most = from[i] > most ? from[i] : most;
+    return half(most);
+  }
   if (x.stride[3] == 1)
     for (int64_t i = 0; i < last - first; ++i) most = from[i] > most ? from[i] : most;
   else
@@ -131,6 +140,8 @@ class SketchScores {
     return true;
   }
 
+  static bool sampled(int64_t chunk) { return chunk / RUN % SAMPLE == 0; }
+
   void blank(GateUnit& u, int64_t chunk) const {
     std::fill_n(u.mass.get() + chunk * SCAN_PANELS * u.width, SCAN_PANELS * u.width, -INFINITE);
     if (proves_) std::fill_n(u.error.get() + chunk * SCAN_PANELS * u.width, SCAN_PANELS * u.width, 0.0f);
@@ -180,7 +191,7 @@ class SketchScores {
     }
   }
 
-  // Looks closely at every SAMPLE-th chunk. What is far below the mass that this suggests need not be known closely, and a stage
+  // Looks closely at every SAMPLE-th run. What is far below the mass that this suggests need not be known closely, and a stage
   // that would not settle a third of the sample is passed over. Only which planes are read depends on it: whatever was read, its
   // error is known.
   void sample(size_t i, char* scratch) {
@@ -190,14 +201,18 @@ class SketchScores {
     used_[i].assign(stages_.size(), 1);
     std::vector<double> most(u.rows.size(), -1e300), total(u.rows.size(), 0.0);
     std::vector<int64_t> looked;
-    for (int64_t c = 0; c < chunks_; c += SAMPLE) {
-      if (hidden(u, c)) continue;
+    for (int64_t c = 0; c < chunks_;) {
+      int64_t end = c;
+      while (end < chunks_ && sampled(end) && !hidden(u, end)) ++end;
+      if (end == c) {
+        ++c;
+        continue;
+      }
       looked.push_back(c);
-      look(i, last, c, c + 1, scratch, nullptr);
-      const float* mass = u.mass.get() + c * SCAN_PANELS * u.width;
-      for (size_t r = 0; r < u.rows.size(); ++r)
-        for (int64_t p = 0; p < SCAN_PANELS; ++p) {
-          const double x = mass[p * u.width + r];
+      look(i, last, c, end, scratch, nullptr);
+      for (const float* mass = u.mass.get() + c * SCAN_PANELS * u.width; mass < u.mass.get() + end * SCAN_PANELS * u.width; mass += u.width)
+        for (size_t r = 0; r < u.rows.size(); ++r) {
+          const double x = mass[r];
           if (!(x > -1e30)) continue;
           if (x > most[r]) {
             total[r] *= std::exp2(most[r] - x);
@@ -205,19 +220,22 @@ class SketchScores {
           }
           total[r] += std::exp2(x - most[r]);
         }
+      c = end;
     }
     const double share = g_.amount / (1 - g_.amount) / 4 / static_cast<double>(std::max<int64_t>(panels_, 1));
     for (size_t r = 0; r < u.rows.size(); ++r)
       if (total[r] > 0) levels_[i][r] = static_cast<float>(most[r] + std::log2(total[r] * static_cast<double>(SAMPLE)) + std::log2(share));
     for (size_t s = 0; s < last; ++s) {
       int64_t tried = 0, settled = 0;
-      for (size_t n = 0; n < looked.size(); n += 4, ++tried) {
+      for (size_t n = 0; n < looked.size(); n += TRIALS) {  // a neighbour, which is looked at again with all the others
+        const int64_t c = looked[n] + RUN + static_cast<int64_t>(s);
+        if (c >= chunks_ || hidden(u, c)) continue;
         uint8_t open = 0;
-        look(i, s, looked[n], looked[n] + 1, scratch, &open);
+        look(i, s, c, c + 1, scratch, &open);
+        ++tried;
         settled += !open;
-        look(i, last, looked[n], looked[n] + 1, scratch, nullptr);
       }
-      used_[i][s] = settled * 3 >= tried;
+      used_[i][s] = settled * 3 > tried;
     }
   }
 
@@ -229,8 +247,8 @@ class SketchScores {
     for (int64_t c = range.first; c < range.last; ++c) {
       const bool nothing = hidden(u, c);
       if (nothing) blank(u, c);
-      open[c - range.first] = !nothing && c % SAMPLE != 0;
-      read += !nothing && c % SAMPLE == 0 ? stages_[last] * SCAN_PANELS * PANEL_KEYS : 0;
+      open[c - range.first] = !nothing && !sampled(c);
+      read += !nothing && sampled(c) ? stages_[last] * SCAN_PANELS * PANEL_KEYS : 0;
     }
     for (size_t s = 0; s <= last; ++s) {
       if (!used_[range.unit][s]) continue;

@@ -109,6 +109,38 @@ static inline void turn_planes(const __m512i* p, uint8_t* to) {
   }
 }
 
+static inline void add_tile(int32_t* to, const int32_t* more) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 256; i += 16) _mm512_storeu_si512(to + i, _mm512_add_epi32(_mm512_loadu_si512(to + i), _mm512_loadu_si512(more + i)));
+}
+
+// Groups of rows against the codes of 128 channels, added to what the channels before gave. Products that wait for each other
+// would take longer than everything else, so every sum is kept in two parts.
+static inline void products(const uint8_t* codes, const int8_t* q, bool first, int32_t* to) {
+  alignas(64) int32_t part[256];
+  if (first)
+    _tile_zero(0);
+  else
+    _tile_loadd(0, to, 64);
+  _tile_zero(1);
+#define SIEVE_PRODUCT(C, A, B, v)            \
+  _tile_loadd(A, codes + (v) * 1024, 64);    \
+  _tile_loadd(B, q + (v) * 1024, 64);        \
+  _tile_dpbusd(C, A, B);
+  SIEVE_PRODUCT(0, 2, 3, 0)
+  SIEVE_PRODUCT(1, 4, 5, 1)
+  SIEVE_PRODUCT(0, 6, 7, 2)
+  SIEVE_PRODUCT(1, 2, 3, 3)
+  SIEVE_PRODUCT(0, 4, 5, 4)
+  SIEVE_PRODUCT(1, 6, 7, 5)
+  SIEVE_PRODUCT(0, 2, 3, 6)
+  SIEVE_PRODUCT(1, 4, 5, 7)
+#undef SIEVE_PRODUCT
+  _tile_stored(0, to, 64);
+  _tile_stored(1, part, 64);
+  add_tile(to, part);
+}
+
 template <int Width>
 static inline void dots_of(const Scan& s, const uint8_t* const* planes, int64_t stride, int32_t* dots, uint8_t* codes) {
   const int chunks = (int)((s.d + 127) / 128), groups = s.groups * s.digits, missing = Width - s.bits;
@@ -129,30 +161,8 @@ static inline void dots_of(const Scan& s, const uint8_t* const* planes, int64_t 
       }
       turn_planes<Width>(p, codes + i * 64);
     }
-    for (int g = 0; g < groups; ++g) {
-      const int8_t* q = query + ((int64_t)g * chunks + c) * 8 * 1024;
-      int32_t* to = dots + g * KEYS * SCAN_ROWS;
-      if (c == 0)
-        _tile_zero(0);
-      else
-        _tile_loadd(0, to, 64);
-      _tile_zero(1);
-#pragma GCC unroll 4
-      for (int v = 0; v < 8; v += 2) {
-        _tile_loadd(2, codes + v * 1024, 64);
-        _tile_loadd(3, q + v * 1024, 64);
-        _tile_dpbusd(0, 2, 3);
-        _tile_loadd(4, codes + (v + 1) * 1024, 64);
-        _tile_loadd(5, q + (v + 1) * 1024, 64);
-        _tile_dpbusd(1, 4, 5);
-      }
-      int32_t second[256];
-      _tile_stored(0, to, 64);
-      _tile_stored(1, second, 64);
-#pragma GCC unroll 16
-      for (int i = 0; i < 256; i += 16)
-        _mm512_storeu_si512(to + i, _mm512_add_epi32(_mm512_loadu_si512(to + i), _mm512_loadu_si512(second + i)));
-    }
+    for (int g = 0; g < groups; ++g)
+      products(codes, query + ((int64_t)g * chunks + c) * 8 * 1024, c == 0, dots + g * KEYS * SCAN_ROWS);
   }
 }
 
@@ -220,7 +230,7 @@ static inline void end() {}
 
 int64_t scan_scratch(int32_t d, int32_t rows) {
   const int64_t logits = KEYS * SCAN_ROWS * 4, dots = logits * (rows / SCAN_ROWS);
-  return 2 * logits + dots + 8192 + up(d, 32) * 4 + 8 * KEYS * up(d, 128) / 8 + KEYS * 2 + 4096;
+  return 2 * logits + 2 * dots + 8192 + up(d, 32) * 4 + 8 * KEYS * up(d, 128) / 8 + KEYS * 2 + 4096;
 }
 
 // Every key's scale once for each of four rows, and the largest of each panel.
@@ -245,19 +255,14 @@ static inline void spread_scales(const Scan& s, int64_t base, int there, float* 
   }
 }
 
-static inline void scan_chunk(const Scan& s, int64_t first, float* mass, float* largest, void* scratch) {
-  const float infinity = __builtin_inff();
-  float* scale = static_cast<float*>(scratch);  // every key's scale, once for each row
-  float* logits = scale + KEYS * SCAN_ROWS;
-  int32_t* dots = reinterpret_cast<int32_t*>(logits + KEYS * SCAN_ROWS);
-  uint8_t* codes = reinterpret_cast<uint8_t*>(dots + KEYS * SCAN_ROWS * s.groups * s.digits);
-  uint8_t* copy = codes + 8192 + up(s.d, 32) * 4;
+// Integer dots of one chunk; nothing behind the last key is read.
+static inline void chunk_dots(const Scan& s, int64_t first, int32_t* dots, uint8_t* codes, uint8_t* copy) {
   const int64_t base = first * PANEL, left = s.kv_len - base, bytes = (s.d + 7) / 8;
   const int there = (int)(left < KEYS ? left : KEYS);
   const uint8_t* planes[8];
   int64_t stride = s.key_stride;
   for (int b = 0; b < s.bits; ++b) planes[b] = s.planes[b] + base * s.key_stride;
-  if (there < KEYS) {  // nothing behind the last key may be read
+  if (there < KEYS) {
     stride = bytes;
     for (int b = 0; b < s.bits; ++b) {
       uint8_t* to = copy + b * KEYS * bytes;
@@ -271,6 +276,13 @@ static inline void scan_chunk(const Scan& s, int64_t first, float* mass, float* 
     }
   }
   integer_dots(s, planes, stride, dots, codes);
+}
+
+// From integer dots to the log masses of the chunk's panels.
+static inline void chunk_masses(const Scan& s, int64_t first, const int32_t* dots, float* scale, float* logits, float* mass, float* largest) {
+  const float infinity = __builtin_inff();
+  const int64_t base = first * PANEL, left = s.kv_len - base;
+  const int there = (int)(left < KEYS ? left : KEYS);
 
   spread_scales(s, base, there, scale, largest);
 
@@ -322,9 +334,21 @@ static inline void scan_chunk(const Scan& s, int64_t first, float* mass, float* 
 }
 
 void scan(const Scan& s, int64_t first, int64_t chunks, float* mass, float* largest, void* scratch) {
+  float* scale = static_cast<float*>(scratch);  // every key's scale, once for each row
+  float* logits = scale + KEYS * SCAN_ROWS;
+  const int64_t size = KEYS * SCAN_ROWS * s.groups * s.digits;
+  int32_t* dots = reinterpret_cast<int32_t*>(logits + KEYS * SCAN_ROWS);
+  uint8_t* codes = reinterpret_cast<uint8_t*>(dots + 2 * size);
+  uint8_t* copy = codes + 8192 + up(s.d, 32) * 4;
   begin();
-  for (int64_t i = 0; i < chunks; ++i)
-    scan_chunk(s, first + i * SCAN_PANELS, mass + i * SCAN_PANELS * s.groups * SCAN_ROWS, largest + i * SCAN_PANELS, scratch);
+  // dots of the next chunk are under way while this one's become masses: products wait long for each other
+  for (int64_t i = 0; i <= chunks; ++i) {
+    if (i < chunks) chunk_dots(s, first + i * SCAN_PANELS, dots + i % 2 * size, codes, copy);
+    if (i == 0) continue;
+    const int64_t done = i - 1;
+    chunk_masses(s, first + done * SCAN_PANELS, dots + done % 2 * size, scale, logits,
+                 mass + done * SCAN_PANELS * s.groups * SCAN_ROWS, largest + done * SCAN_PANELS);
+  }
   end();
 }
 
