@@ -176,7 +176,8 @@ Gate make_gate(const View& q, const std::string& scorer, const std::string& rule
 }
 
 void set_sketch(Gate& g, const View& key, int bits, int sketch_bits, int digits, const View& planes, int64_t plane_stride, const View& scale,
-                const View& channel_scale, const View& error, const View& metric_error) {
+                const View& channel_scale, const View& error, const View& metric_error, std::optional<View> spectral,
+                std::optional<View> metric_spectral) {
   g.bits = bits;
   g.key = key;
   g.sketch_bits = sketch_bits;
@@ -187,6 +188,8 @@ void set_sketch(Gate& g, const View& key, int bits, int sketch_bits, int digits,
   g.channel_scale = channel_scale;
   g.error = error;
   g.metric_error = metric_error;
+  g.spectral = spectral.value_or(absent);
+  g.metric_spectral = metric_spectral.value_or(absent);
 }
 
 template <class T>
@@ -339,7 +342,8 @@ NB_MODULE(_native, m) {
            "kv_block"_a, "q_tile"_a, "lead"_a, "query_stride"_a, "share_group"_a, "sinks"_a, "near"_a, "unit"_a, "exponential"_a,
            "threads"_a)
       .def("set_sketch", &set_sketch, "key"_a, "bits"_a, "sketch_bits"_a, "digits"_a, "planes"_a, "plane_stride"_a, "scale"_a,
-           "channel_scale"_a, "error"_a, "metric_error"_a);
+           "channel_scale"_a, "error"_a, "metric_error"_a,
+           "spectral"_a.none(), "metric_spectral"_a.none());
   nb::class_<Chosen>(m, "Chosen")
       .def_prop_ro("entries", [](const Chosen& c) { return c.block.size(); })
       .def_ro("planes_read", &Chosen::planes_read)

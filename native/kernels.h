@@ -195,8 +195,8 @@ struct Kernels {
   int64_t (*scan_bytes)(int32_t d, int32_t rows);
   void (*pack_scan)(const int8_t* q, int32_t d, int32_t rows, int32_t bits, void* out);
   // base-2 log mass of the visible keys of `chunks` x SCAN_PANELS panels from `first`: mass [panel][groups][SCAN_ROWS] (of this
-  // call), and the largest key scale of each; `scratch` holds scan_scratch bytes
-  void (*scan)(const Scan& s, int64_t first, int64_t chunks, float* mass, float* largest, void* scratch);
+  // call), with `norms` the 2-norm of each panel's weights as a share of their sum, and the largest key scale of each panel; `scratch` holds scan_scratch bytes
+  void (*scan)(const Scan& s, int64_t first, int64_t chunks, float* mass, float* norms, float* largest, void* scratch);
   int64_t (*scan_scratch)(int32_t d, int32_t rows);
   // dots [count][rows up to SCAN_ROWS] of items of `d` floats with rows of queries
   void (*dot_rows)(const float* q, int32_t rows, int32_t d, const void* items, DType dtype, int64_t stride, int64_t count, float* out);

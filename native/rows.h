@@ -25,10 +25,10 @@ struct GateUnit {
   std::vector<int8_t> integers;  // [groups][digits][SCAN_ROWS][d]
   std::vector<float> floats;     // [width][d]
   Buffer<float> mass;            // [panels or blocks][width] base-2 log masses
-  Buffer<float> error;           // [panels][width] how far they may be off, for proofs
+  Buffer<float> lower;           // [panels][width] for proofs: lower bounds, and then `mass` holds upper ones
 };
 
-// Fills the mass (and for proofs the error) of every unit; returns planes x keys read.
+// Fills the mass (and for proofs the lower bounds) of every unit; returns planes x keys read.
 int64_t score(const Gate& g, std::vector<GateUnit>& units);
 
 // Planes of the sketch with the rows of a unit, for `bits` planes.

@@ -233,21 +233,13 @@ class Choice {
     table_ = Buffer<float>(n_ * width);
     if (g_.rule == CERTIFIED) {
       lower_ = Buffer<float>(n_ * width);
-      float* error = u_.error.get();
       if (each == 1) {
-        for (int64_t i = 0; i < n_ * width; ++i) {
-          table_[i] = mass[i] + error[i];
-          lower_[i] = mass[i] - error[i];
-        }
-        return;
+        table_ = std::move(u_.mass);
+        lower_ = std::move(u_.lower);
+      } else {
+        k_.fold(u_.lower.get(), panels, each, width, lower_.get());
+        k_.fold(mass, panels, each, width, table_.get());
       }
-      for (int64_t i = 0; i < panels * width; ++i) {
-        const float middle = mass[i];
-        mass[i] = middle + error[i];
-        error[i] = middle - error[i];
-      }
-      k_.fold(error, panels, each, width, lower_.get());
-      k_.fold(mass, panels, each, width, table_.get());
       return;
     }
     if (g_.scorer == SKETCH && each > 1)

@@ -19,6 +19,7 @@ struct Gate {
   View key_scale;                // [1, batch, kv_heads, kv_len] fp16
   View channel_scale;            // [1, batch, kv_heads, d] fp32
   View error, metric_error;      // as key_scale
+  View spectral, metric_spectral;  // [1, batch, kv_heads, blocks] fp32; data null if absent
   View mean;                     // [batch, kv_heads, blocks, d] fp32
   View radius, key_norm;         // [1, batch, kv_heads, blocks] fp32
   View count, finite;            // int32, bool

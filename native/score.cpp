@@ -23,22 +23,31 @@ T* entry(const View& x, int64_t b, int64_t h, int64_t i) {
   return static_cast<T*>(x.data) + b * x.stride[1] + h * x.stride[2] + i * x.stride[3];
 }
 
-// How far base-2 masses of a row may be off when its keys are known by some of the planes: factors of what bounds a panel.
+// What bounds the error of a row's masses when keys are known by some of their planes: factors, in natural units.
 struct Errors {
   float scale;          // of the largest key scale: hidden planes and the rounding of the query
   float plain, metric;  // of the norms of the full sketch's errors, of which the smaller product counts
   float norm;           // of the key norm: rounded products and sums, as in bounds.logit_margin
   float rest;           // 2^-15 covers the short exponential and the logarithm
 
-  float of(float largest, float by_plain, float by_metric, float key_norm) const {
-    return scale * largest + std::min(plain * by_plain, metric * by_metric) + norm * (key_norm + by_plain) + rest;
+  // How far above and below its sketched logarithm a panel's mass may lie. `share` is the 2-norm of its weights over their sum;
+  // the last two bound spectral norms. As bounds.sketch_upper and sketch_lower, with log(1 + x) <= x and phi(E) as a series.
+  void of(float largest, float by_plain, float by_metric, float key_norm, float share, float spectral, float metric_spectral,
+          float& above, float& below) const {
+    const float each = scale * largest, e = each + std::min(plain * by_plain, metric * by_metric);
+    const float t = 4 * each + std::min(plain * spectral, metric * metric_spectral);  // 16 keys: the square root of their number
+    const float margin = norm * (key_norm + by_plain) + rest, unit = static_cast<float>(LOG2E * (1 + 1e-6));
+    const float first = std::min(e, t * share);
+    const float second = (0.5f + e * (1.0f / 6) + e * e * (1.0f / 12)) * std::min(e * e, t * t * share);
+    above = (e < 1 ? std::min(e, first + second) : e) * unit + margin * unit;
+    below = (first + margin) * unit;
   }
 };
 
 Errors errors_of(const Gate& g, const ScanRow& r, int bits) {
   const double d = static_cast<double>(g.q.shape[3]), keys = static_cast<double>(g.kv_block);
   const double levels = std::ldexp(1.0, g.sketch_bits) - 1, hidden = std::ldexp(1.0, g.sketch_bits - bits) - 1;
-  const double unit = LOG2E * (1 + 1e-5);  // outward, for the rounding of Errors::of
+  const double unit = 1 + 1e-5;  // outward, for the rounding of Errors::of
   const auto outward = [&](double x) { return static_cast<float>(x * unit); };
   return {outward(g.scale * (hidden / 2 * r.step * r.size + r.rest * levels / 2 * std::sqrt(d))), outward(g.scale * r.norm),
           outward(g.scale * r.stretched), outward((d + keys + 16) * 0x1p-24 * g.scale * r.norm),
@@ -96,7 +105,7 @@ class SketchScores {
         for (const ScanRow& r : units[i].rows) errors_[i][s].push_back(errors_of(g, r, stages_[s]));
       }
       units[i].mass = Buffer<float>(chunks_ * SCAN_PANELS * units[i].width);
-      if (proves_) units[i].error = Buffer<float>(chunks_ * SCAN_PANELS * units[i].width);
+      if (proves_) units[i].lower = Buffer<float>(chunks_ * SCAN_PANELS * units[i].width);
       deepest_ = std::max(deepest_, static_cast<int64_t>(units[i].width));
     }
   }
@@ -144,7 +153,7 @@ class SketchScores {
 
   void blank(GateUnit& u, int64_t chunk) const {
     std::fill_n(u.mass.get() + chunk * SCAN_PANELS * u.width, SCAN_PANELS * u.width, -INFINITE);
-    if (proves_) std::fill_n(u.error.get() + chunk * SCAN_PANELS * u.width, SCAN_PANELS * u.width, 0.0f);
+    if (proves_) std::fill_n(u.lower.get() + chunk * SCAN_PANELS * u.width, SCAN_PANELS * u.width, -INFINITE);
   }
 
   int64_t rank(const Range& range, char* scratch) {
@@ -159,34 +168,43 @@ class SketchScores {
       }
       int64_t end = c + 1;
       while (end < range.last && !hidden(u, end)) ++end;
-      k_.scan(s, c * SCAN_PANELS, end - c, u.mass.get() + c * SCAN_PANELS * u.width, largest, scratch);
+      k_.scan(s, c * SCAN_PANELS, end - c, u.mass.get() + c * SCAN_PANELS * u.width, nullptr, largest, scratch);
       read += s.bits * (end - c) * SCAN_PANELS * PANEL_KEYS;
       c = end;
     }
     return read;
   }
 
-  // Chunks first..last-1 by the planes of a stage, with their errors. `open` is cleared where no block of a chunk may matter.
+  // Chunks first..last-1 by the planes of a stage, as bounds: upper in mass, lower beside it. `open` is cleared where no block of a chunk may matter.
   void look(size_t unit, size_t stage, int64_t first, int64_t last, char* scratch, uint8_t* open) {
     GateUnit& u = units_[unit];
     const std::vector<Errors>& errors = errors_[unit][stage];
     const float* level = levels_[unit].data();
+    const bool spectral = g_.spectral.data && stage + 1 == stages_.size();
     float largest[RANGE];
     float* mass = u.mass.get() + first * SCAN_PANELS * u.width;
-    float* error = u.error.get() + first * SCAN_PANELS * u.width;
-    k_.scan(packed_[unit][stage].scan, first * SCAN_PANELS, last - first, mass, largest, scratch);
-    for (int64_t p = 0; p < (last - first) * SCAN_PANELS; ++p, mass += u.width, error += u.width) {
+    float* lower = u.lower.get() + first * SCAN_PANELS * u.width;
+    k_.scan(packed_[unit][stage].scan, first * SCAN_PANELS, last - first, mass, lower, largest, scratch);
+    for (int64_t p = 0; p < (last - first) * SCAN_PANELS; ++p, mass += u.width, lower += u.width) {
       const int64_t key = (first * SCAN_PANELS + p) * PANEL_KEYS, end = std::min(g_.kv_len, key + PANEL_KEYS);
       const int64_t block = std::min(key / g_.kv_block, (g_.kv_len - 1) / g_.kv_block);
       const float plain = largest_half(g_.error, u.batch, u.kv_head, key, end);
       const float metric = largest_half(g_.metric_error, u.batch, u.kv_head, key, end);
+      float norm_of = 4 * plain, metric_norm_of = 4 * metric;
+      if (spectral) {
+        norm_of = std::sqrt(*entry<float>(g_.spectral, u.batch, u.kv_head, block)) * (1 + 1e-6f);
+        metric_norm_of = std::sqrt(*entry<float>(g_.metric_spectral, u.batch, u.kv_head, block)) * (1 + 1e-6f);
+      }
       const float norm = *entry<float>(g_.key_norm, u.batch, u.kv_head, block);
       bool small = true;
       for (size_t r = 0; r < u.rows.size(); ++r) {
-        error[r] = errors[r].of(largest[p], plain, metric, norm);
-        small &= mass[r] + error[r] <= level[r];
+        float above, below;
+        errors[r].of(largest[p], plain, metric, norm, lower[r] * (1 + 1e-5f), norm_of, metric_norm_of, above, below);
+        lower[r] = mass[r] - below;
+        mass[r] += above;
+        small &= mass[r] <= level[r];
       }
-      for (int64_t r = static_cast<int64_t>(u.rows.size()); r < u.width; ++r) error[r] = 0;
+      for (int64_t r = static_cast<int64_t>(u.rows.size()); r < u.width; ++r) lower[r] = mass[r];
       if (open) open[p / SCAN_PANELS] |= !small;
     }
   }
@@ -210,7 +228,7 @@ class SketchScores {
       }
       looked.push_back(c);
       look(i, last, c, end, scratch, nullptr);
-      for (const float* mass = u.mass.get() + c * SCAN_PANELS * u.width; mass < u.mass.get() + end * SCAN_PANELS * u.width; mass += u.width)
+      for (const float* mass = u.lower.get() + c * SCAN_PANELS * u.width; mass < u.lower.get() + end * SCAN_PANELS * u.width; mass += u.width)
         for (size_t r = 0; r < u.rows.size(); ++r) {
           const double x = mass[r];
           if (!(x > -1e30)) continue;

@@ -23,7 +23,7 @@ void pack_rows_bf16(const View& q, int64_t b, const int64_t* head, const int64_t
 void merge(const Tile& t, int parts, float* o, float* m, float* l);
 int64_t scan_bytes(int32_t d, int32_t rows);
 void pack_scan(const int8_t* q, int32_t d, int32_t rows, int32_t bits, void* out);
-void scan(const Scan& s, int64_t first, int64_t chunks, float* mass, float* largest, void* scratch);
+void scan(const Scan& s, int64_t first, int64_t chunks, float* mass, float* norms, float* largest, void* scratch);
 int64_t scan_scratch(int32_t d, int32_t rows);
 void dot_rows(const float* q, int32_t rows, int32_t d, const void* items, DType dtype, int64_t stride, int64_t count, float* out);
 void fold(const float* mass, int64_t n, int64_t each, int64_t rows, float* out);

@@ -279,7 +279,8 @@ static inline void chunk_dots(const Scan& s, int64_t first, int32_t* dots, uint8
 }
 
 // From integer dots to the log masses of the chunk's panels.
-static inline void chunk_masses(const Scan& s, int64_t first, const int32_t* dots, float* scale, float* logits, float* mass, float* largest) {
+static inline void chunk_masses(const Scan& s, int64_t first, const int32_t* dots, float* scale, float* logits,
+                                float* mass, float* norms, float* largest) {
   const float infinity = __builtin_inff();
   const int64_t base = first * PANEL, left = s.kv_len - base;
   const int there = (int)(left < KEYS ? left : KEYS);
@@ -309,18 +310,29 @@ static inline void chunk_masses(const Scan& s, int64_t first, const int32_t* dot
         for (int r = 0; r < SCAN_ROWS; ++r)
           if (hidden || key < s.low[g * SCAN_ROWS + r] || key >= s.high[g * SCAN_ROWS + r]) logits[i * SCAN_ROWS + r] = -infinity;
       }
-    alignas(64) float most_of[SCAN_PANELS * LANES], sum_of[SCAN_PANELS * LANES];
+    alignas(64) float most_of[SCAN_PANELS * LANES], sum_of[SCAN_PANELS * LANES], square_of[SCAN_PANELS * LANES];
     for (int p = 0; p < SCAN_PANELS; ++p) {
       const float* x = logits + p * PANEL * SCAN_ROWS;
       vf most = load(x);
       for (int i = 1; i < CHUNK_VECS; ++i) most = max_(load(x + i * LANES), most);
       most = over_keys(most, true);
       const vf safe = select(most > splat(-infinity), most, vf{});
-      vf total = vf{};
-      for (int i = 0; i < CHUNK_VECS; ++i) total += exp2_<5>(load(x + i * LANES) - safe);
+      vf total = vf{}, squares = vf{};
+      for (int i = 0; i < CHUNK_VECS; ++i) {
+        const vf w = exp2_<5>(load(x + i * LANES) - safe);
+        total += w;
+        squares += w * w;
+      }
+      if (norms) store(square_of + p * LANES, over_keys(squares, false));
       store(most_of + p * LANES, safe);
       store(sum_of + p * LANES, over_keys(total, false));
     }
+    if (norms)
+      for (int p = 0; p < SCAN_PANELS; ++p)
+        for (int r = 0; r < SCAN_ROWS; ++r) {
+          const float total = sum_of[p * LANES + r];
+          norms[(p * s.groups + g) * SCAN_ROWS + r] = total > 0.0f ? __builtin_sqrtf(square_of[p * LANES + r]) / total : 0.0f;
+        }
     // one logarithm for all panels and rows
     alignas(64) float sums[SCAN_PANELS * SCAN_ROWS], tops[SCAN_PANELS * SCAN_ROWS];
     for (int p = 0; p < SCAN_PANELS; ++p) {
@@ -333,7 +345,7 @@ static inline void chunk_masses(const Scan& s, int64_t first, const int32_t* dot
   }
 }
 
-void scan(const Scan& s, int64_t first, int64_t chunks, float* mass, float* largest, void* scratch) {
+void scan(const Scan& s, int64_t first, int64_t chunks, float* mass, float* norms, float* largest, void* scratch) {
   float* scale = static_cast<float*>(scratch);  // every key's scale, once for each row
   float* logits = scale + KEYS * SCAN_ROWS;
   const int64_t size = KEYS * SCAN_ROWS * s.groups * s.digits;
@@ -347,7 +359,8 @@ void scan(const Scan& s, int64_t first, int64_t chunks, float* mass, float* larg
     if (i == 0) continue;
     const int64_t done = i - 1;
     chunk_masses(s, first + done * SCAN_PANELS, dots + done % 2 * size, scale, logits,
-                 mass + done * SCAN_PANELS * s.groups * SCAN_ROWS, largest + done * SCAN_PANELS);
+                 mass + done * SCAN_PANELS * s.groups * SCAN_ROWS,
+                 norms ? norms + done * SCAN_PANELS * s.groups * SCAN_ROWS : nullptr, largest + done * SCAN_PANELS);
   }
   end();
 }
