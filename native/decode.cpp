@@ -60,7 +60,8 @@ void pack(const Attention& a, bool bf16, Unit& u) {
   u.q = Buffer<char>(up(n, 16) * up(d, 32) * 4);
   if (!bf16) {
     for (int64_t r = 0; r < n; ++r)
-      k.read_rows(a.q, u.batch, u.rows[r].head, u.rows[r].query, u.rows[r].query + 1, d, false, reinterpret_cast<float*>(u.q.get()) + r * d);
+      k.read_rows(a.q, u.batch, u.rows[r].head, u.rows[r].query, u.rows[r].query + 1, d, false,
+                  reinterpret_cast<float*>(u.q.get()) + r * d);
   } else {
     int64_t head[MAX_ROWS], query[MAX_ROWS];
     for (int64_t r = 0; r < n; ++r) {

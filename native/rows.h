@@ -28,6 +28,8 @@ struct GateUnit {
   Buffer<float> lower;           // [panels][width] for proofs: lower bounds, and then `mass` holds upper ones
 };
 
+std::vector<GateUnit> units_of(const Gate& g);
+
 // Fills the mass (and for proofs the lower bounds) of every unit; returns planes x keys read.
 int64_t score(const Gate& g, std::vector<GateUnit>& units);
 

@@ -36,92 +36,11 @@ uint32_t ordered(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-ScanRow read_row(const Gate& g, int64_t b, int64_t kv, int64_t head, int64_t query, float* values, float* stretched) {
-  const int64_t d = g.q.shape[3], position = g.kv_len - g.q.shape[2] + query;
-  ScanRow r{};
-  r.head = head;
-  r.query = query;
-  r.low = g.window < 0 ? 0 : std::max<int64_t>(0, position - g.window + 1);
-  r.high = g.causal ? position + 1 : g.window < 0 ? g.kv_len : std::min(g.kv_len, position + g.window);
-  r.high = std::max(r.high, r.low);
-  kernels().read_rows(g.q, b, head, query, query + 1, d, false, values);
-  double square = 0, metric = 0;
-  float most = 0;
-  for (int64_t c = 0; c < d; ++c) {
-    stretched[c] = g.scorer == SKETCH ? values[c] * read<float>(g.channel_scale, b, kv, c) : values[c];
-    square += static_cast<double>(values[c]) * values[c];
-    metric += static_cast<double>(stretched[c]) * stretched[c];
-    most = std::max(most, std::fabs(stretched[c]));
-  }
-  const double outward = 1 + static_cast<double>(d) * 0x1p-23;
-  r.norm = std::sqrt(square) * outward;
-  r.stretched = std::sqrt(metric) * outward;
-  r.sound = std::isfinite(r.norm) && std::isfinite(r.stretched);
-  r.step = static_cast<double>(std::max(most, 1e-30f) / 127.0f);
-  return r;
-}
-
-// `stretched` as `digits` integers a channel, each 1 / 254 of the one before.
-void round_row(const Gate& g, ScanRow& r, const float* stretched, int8_t* integers) {
-  const int64_t d = g.q.shape[3];
-  double lost = 0;
-  for (int64_t c = 0; c < d && r.sound; ++c) {
-    const float first = std::floor(stretched[c] / static_cast<float>(r.step) + 0.5f);
-    double left = static_cast<double>(stretched[c]) / r.step, value = 0, unit = 1;
-    for (int e = 0; e < g.digits; ++e, left *= 254, unit /= 254) {
-      const double whole = std::clamp(e ? std::floor(left + 0.5) : static_cast<double>(first), -127.0, 127.0);
-      integers[e * SCAN_ROWS * d + c] = static_cast<int8_t>(whole);
-      value += whole * unit;
-      left -= whole;
-    }
-    r.size += std::fabs(value);
-    const double apart = static_cast<double>(stretched[c]) - value * r.step;
-    lost += apart * apart;
-  }
-  r.size *= 1 + 1e-9;
-  r.rest = std::sqrt(lost) * (1 + 1e-9) + 0x1p-40 * r.stretched;
-}
-
-std::vector<GateUnit> units_of(const Gate& g) {
-  const int64_t batch = g.q.shape[0], q_heads = g.q.shape[1], q_len = g.q.shape[2], d = g.q.shape[3];
-  const int64_t kv_heads = g.count.shape[2], group = q_heads / kv_heads;
-  const int64_t heads = g.share_group ? kv_heads : q_heads, each = g.share_group ? group : 1;
-  const int64_t tiles = (q_len + g.lead + g.q_tile - 1) / g.q_tile;
-  std::vector<GateUnit> units(static_cast<size_t>(batch * heads * tiles));
-  std::vector<float> stretched(d);
-  for (int64_t i = 0; i < static_cast<int64_t>(units.size()); ++i) {
-    GateUnit& u = units[i];
-    const int64_t head = i / tiles % heads, t = i % tiles;
-    u.batch = i / tiles / heads;
-    u.kv_head = g.share_group ? head : head / group;
-    const int64_t from = std::max<int64_t>(0, t * g.q_tile - g.lead), to = std::min(q_len, (t + 1) * g.q_tile - g.lead);
-    const int64_t n = each * std::max<int64_t>(0, to - from);
-    u.width = up(std::max<int64_t>(n, 1), SCAN_ROWS);
-    u.low.assign(u.width, 0);
-    u.high.assign(u.width, 0);
-    u.floats.assign(u.width * d, 0.0f);
-    u.integers.assign(u.width * g.digits * d, 0);
-    for (int64_t h = 0; h < each; ++h)
-      for (int64_t query = from; query < to; ++query) {
-        const int64_t r = static_cast<int64_t>(u.rows.size());
-        ScanRow row = read_row(g, u.batch, u.kv_head, head * each + h, query, u.floats.data() + r * d, stretched.data());
-        const int64_t lane = (query + g.lead) % g.q_tile;
-        row.looked = lane % g.query_stride == g.query_stride - 1 || lane == g.q_tile - 1 || query == q_len - 1;
-        row.looked |= g.rule == THRESHOLD || g.rule == RELATIVE_THRESHOLD || g.rule == CERTIFIED;
-        if (g.scorer == SKETCH)
-          round_row(g, row, stretched.data(), u.integers.data() + (r / SCAN_ROWS * g.digits * SCAN_ROWS + r % SCAN_ROWS) * d);
-        u.low[r] = row.low;
-        u.high[r] = row.high;
-        u.rows.push_back(row);
-      }
-  }
-  return units;
-}
-
 // What one unit keeps.
 class Choice {
  public:
-  Choice(const Gate& g, GateUnit& u) : g_(g), u_(u), k_(kernels()), n_((g.kv_len + g.kv_block - 1) / g.kv_block), rows_(u.rows.size()) {}
+  Choice(const Gate& g, GateUnit& u)
+      : g_(g), u_(u), k_(kernels()), n_((g.kv_len + g.kv_block - 1) / g.kv_block), rows_(u.rows.size()) {}
 
   void run() {
     if (rows_ == 0) {
@@ -146,7 +65,8 @@ class Choice {
       visible += keys_[b];
       kept_keys += chosen_[b] ? keys_[b] : 0;
     }
-    if ((g_.rule == MASS || g_.rule == CERTIFIED) && g_.dense_above < 1 && kept_keys > g_.dense_above * static_cast<double>(visible)) {
+    const bool may_turn = (g_.rule == MASS || g_.rule == CERTIFIED) && g_.dense_above < 1;
+    if (may_turn && kept_keys > g_.dense_above * static_cast<double>(visible)) {
       dense = true;
       kept_keys = visible;
       for (int64_t b = 0; b < n_; ++b) chosen_[b] = keys_[b] > 0;
@@ -370,7 +290,8 @@ class Choice {
       if (!wanted[b] || forced_[b] || keys_[b] == 0) continue;
       float least = INFINITE;  // of the row that needs it most
       for (size_t r = 0; r < rows_; ++r)
-        if (u_.rows[r].sound && table_[b * u_.width + r] > -INFINITE) least = std::min(least, table_[b * u_.width + r] - lower_[b * u_.width + r]);
+        if (const int64_t i = b * u_.width + static_cast<int64_t>(r); u_.rows[r].sound && table_[i] > -INFINITE)
+          least = std::min(least, table_[i] - lower_[i]);
       if (least == INFINITE) continue;
       gap += std::min(least, 100.0f);
       total += 1;
@@ -386,8 +307,8 @@ class Choice {
     for (int64_t b = 0; b < n_; ++b) {
       if (!wanted[b] || forced_[b] || keys_[b] == 0) continue;
       const int64_t from = b * g_.kv_block, to = std::min(g_.kv_len, from + g_.kv_block);
-      k_.dot_rows(u_.floats.data(), static_cast<int32_t>(width), static_cast<int32_t>(d), at(g_.key, u_.batch, u_.kv_head, from, 0),
-                  g_.key.dtype, g_.key.stride[2], to - from, dots.data());
+      k_.dot_rows(u_.floats.data(), static_cast<int32_t>(width), static_cast<int32_t>(d),
+                  at(g_.key, u_.batch, u_.kv_head, from, 0), g_.key.dtype, g_.key.stride[2], to - from, dots.data());
       for (int64_t j = from; j < to; ++j)
         for (int64_t r = 0; r < width; ++r) {
           float& x = dots[(j - from) * width + r];
@@ -434,7 +355,8 @@ class Choice {
       // what the kernel's own lse may lose: bounds.kept_mass
       const double margin = (d + 8) * 0x1p-24 * g_.scale * u_.rows[r].norm * longest;
       const double size = std::fabs(base[r]) + std::log2(static_cast<double>(g_.kv_len) + 1) + 2;
-      keep[r] = std::exp(-(margin + terms * g_.unit + 4 * g_.unit * size + g_.exponential)) * (1 - static_cast<double>(n_ + 64) * 0x1p-24);
+      const double loss = margin + terms * g_.unit + 4 * g_.unit * size + g_.exponential;
+      keep[r] = std::exp(-loss) * (1 - static_cast<double>(n_ + 64) * 0x1p-24);
     }
     k_.powers(table_.get(), base.data(), n_, width, upper.get());
     k_.powers(lower_.get(), base.data(), n_, width, lower.get());

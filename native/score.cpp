@@ -113,14 +113,16 @@ class SketchScores {
   int64_t run() {
     std::vector<Range> ranges;
     for (size_t i = 0; i < units_.size(); ++i)
-      for (int64_t c = 0; c < chunks_; c += RANGE / SCAN_PANELS) ranges.push_back({i, c, std::min(chunks_, c + RANGE / SCAN_PANELS)});
+      for (int64_t c = 0; c < chunks_; c += RANGE / SCAN_PANELS)
+        ranges.push_back({i, c, std::min(chunks_, c + RANGE / SCAN_PANELS)});
     const int64_t d = g_.q.shape[3];
     std::vector<Buffer<char>> scratch;
     for (int i = 0; i < std::max(g_.threads, 1); ++i)
       scratch.emplace_back(k_.scan_scratch(static_cast<int32_t>(d), static_cast<int32_t>(deepest_ * g_.digits)));
     std::vector<int64_t> read(ranges.size());
     if (proves_) {
-      parallel_for(static_cast<int64_t>(units_.size()), g_.threads, [&](int64_t i, int thread) { sample(i, scratch[thread].get()); });
+      parallel_for(static_cast<int64_t>(units_.size()), g_.threads,
+                   [&](int64_t i, int thread) { sample(i, scratch[thread].get()); });
     }
     parallel_for(static_cast<int64_t>(ranges.size()), g_.threads, [&](int64_t i, int thread) {
       read[i] = proves_ ? refine(ranges[i], scratch[thread].get()) : rank(ranges[i], scratch[thread].get());
@@ -175,7 +177,8 @@ class SketchScores {
     return read;
   }
 
-  // Chunks first..last-1 by the planes of a stage, as bounds: upper in mass, lower beside it. `open` is cleared where no block of a chunk may matter.
+  // Chunks first..last-1 by the planes of a stage, as bounds: upper in mass, lower beside it. `open` (cleared by the caller) is
+  // set where a block of a chunk may matter to a row.
   void look(size_t unit, size_t stage, int64_t first, int64_t last, char* scratch, uint8_t* open) {
     GateUnit& u = units_[unit];
     const std::vector<Errors>& errors = errors_[unit][stage];
@@ -228,7 +231,8 @@ class SketchScores {
       }
       looked.push_back(c);
       look(i, last, c, end, scratch, nullptr);
-      for (const float* mass = u.lower.get() + c * SCAN_PANELS * u.width; mass < u.lower.get() + end * SCAN_PANELS * u.width; mass += u.width)
+      const float *mass = u.lower.get() + c * SCAN_PANELS * u.width, *stop = u.lower.get() + end * SCAN_PANELS * u.width;
+      for (; mass < stop; mass += u.width)
         for (size_t r = 0; r < u.rows.size(); ++r) {
           const double x = mass[r];
           if (!(x > -1e30)) continue;
@@ -242,7 +246,7 @@ class SketchScores {
     }
     const double share = g_.amount / (1 - g_.amount) / 4 / static_cast<double>(std::max<int64_t>(panels_, 1));
     for (size_t r = 0; r < u.rows.size(); ++r)
-      if (total[r] > 0) levels_[i][r] = static_cast<float>(most[r] + std::log2(total[r] * static_cast<double>(SAMPLE)) + std::log2(share));
+      if (total[r] > 0) levels_[i][r] = static_cast<float>(most[r] + std::log2(total[r] * static_cast<double>(SAMPLE) * share));
     for (size_t s = 0; s < last; ++s) {
       int64_t tried = 0, settled = 0;
       for (size_t n = 0; n < looked.size(); n += TRIALS) {  // a neighbour, which is looked at again with all the others
@@ -295,8 +299,8 @@ int64_t score_means(const Gate& g, std::vector<GateUnit>& units) {
     GateUnit& u = units[item / parts];
     const int64_t first = item % parts * step, last = std::min(blocks, first + step);
     float* mass = u.mass.get() + first * u.width;
-    k.dot_rows(u.floats.data(), static_cast<int32_t>(u.width), static_cast<int32_t>(d), at(g.mean, u.batch, u.kv_head, first, 0), F32,
-               g.mean.stride[2], last - first, mass);
+    k.dot_rows(u.floats.data(), static_cast<int32_t>(u.width), static_cast<int32_t>(d),
+               at(g.mean, u.batch, u.kv_head, first, 0), F32, g.mean.stride[2], last - first, mass);
     for (int64_t b = first; b < last; ++b, mass += u.width) {
       const int64_t from = b * g.kv_block, to = std::min(g.kv_len, from + g.kv_block);
       const int32_t count = *entry<int32_t>(g.count, u.batch, u.kv_head, b);
@@ -334,7 +338,8 @@ void pack(const Gate& g, const GateUnit& u, int bits, Packed& out) {
     for (int32_t c = 0; c < d; ++c) sum += u.integers[static_cast<size_t>(i) * d + c];
     out.centre[i] = ((1 << bits) - 1) * sum;
     if (r < u.rows.size())
-      out.factor[i] = static_cast<float>(g.scale * LOG2E * u.rows[r].step * std::ldexp(0.5, g.sketch_bits - bits) / std::pow(254.0, digit));
+      out.factor[i] = static_cast<float>(g.scale * LOG2E * u.rows[r].step * std::ldexp(0.5, g.sketch_bits - bits) /
+                                         std::pow(254.0, digit));
   }
   Scan& s = out.scan;
   s = Scan{};
@@ -345,7 +350,8 @@ void pack(const Gate& g, const GateUnit& u, int bits, Packed& out) {
   s.query = out.query.get();
   s.factor = out.factor.data();
   s.centre = out.centre.data();
-  for (int b = 0; b < bits; ++b) s.planes[b] = reinterpret_cast<uint8_t*>(at(g.planes, u.batch, u.kv_head, 0, 0)) + b * g.plane_stride;
+  for (int b = 0; b < bits; ++b)
+    s.planes[b] = reinterpret_cast<uint8_t*>(at(g.planes, u.batch, u.kv_head, 0, 0)) + b * g.plane_stride;
   s.key_stride = g.planes.stride[2];
   s.scale = entry<uint16_t>(g.key_scale, u.batch, u.kv_head, 0);
   s.scale_stride = g.key_scale.stride[3];

@@ -218,7 +218,8 @@ static inline void fetch(const Panel16& x, int64_t c) {
 
 // Logits of 16 or 32 keys and at most 16 rows: keys where they lie are the first operand, so what comes out is turned around.
 template <int Panels>
-static inline void dots_in_place(const Panel16* k, const Panel16* next, const uint16_t* q, int64_t d, int rows, float* turned, float* s) {
+static inline void dots_in_place(const Panel16* k, const Panel16* next, const uint16_t* q, int64_t d, int rows, float* turned,
+                                 float* s) {
   _tile_zero(2);
   if constexpr (Panels > 1) _tile_zero(3);
   for (int64_t c = 0; c < d; c += 32) {

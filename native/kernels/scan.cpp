@@ -98,7 +98,8 @@ static inline void turn_planes(const __m512i* p, uint8_t* to) {
     const __m512i low = _mm512_set1_epi8(3);
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
-      const __m512i x = _mm512_gf2p8affine_epi64_epi8(turn, h ? _mm512_unpackhi_epi8(p[0], p[1]) : _mm512_unpacklo_epi8(p[0], p[1]), 0);
+      const __m512i both = h ? _mm512_unpackhi_epi8(p[0], p[1]) : _mm512_unpacklo_epi8(p[0], p[1]);
+      const __m512i x = _mm512_gf2p8affine_epi64_epi8(turn, both, 0);
 #pragma GCC unroll 4
       for (int f = 0; f < 4; ++f) put(4 * h + f, _mm512_and_si512(_mm512_srli_epi16(x, 6 - 2 * f), low));
     }
@@ -111,7 +112,8 @@ static inline void turn_planes(const __m512i* p, uint8_t* to) {
 
 static inline void add_tile(int32_t* to, const int32_t* more) {
 #pragma GCC unroll 16
-  for (int i = 0; i < 256; i += 16) _mm512_storeu_si512(to + i, _mm512_add_epi32(_mm512_loadu_si512(to + i), _mm512_loadu_si512(more + i)));
+  for (int i = 0; i < 256; i += 16)
+    _mm512_storeu_si512(to + i, _mm512_add_epi32(_mm512_loadu_si512(to + i), _mm512_loadu_si512(more + i)));
 }
 
 // Groups of rows against the codes of 128 channels, added to what the channels before gave. Products that wait for each other
@@ -365,7 +367,8 @@ void scan(const Scan& s, int64_t first, int64_t chunks, float* mass, float* norm
   end();
 }
 
-void dot_rows(const float* q, int32_t rows, int32_t d, const void* items, DType dtype, int64_t stride, int64_t count, float* out) {
+void dot_rows(const float* q, int32_t rows, int32_t d, const void* items, DType dtype, int64_t stride, int64_t count,
+              float* out) {
   const int step = (int)up(rows, SCAN_ROWS);
   const int64_t size = dtype_bytes(dtype);
   for (int64_t i = 0; i < count; ++i) {
