@@ -6,7 +6,7 @@
 #include <cstring>
 #include <limits>
 
-#include "rows.h"
+#include "scan_rows.h"
 #include "level.h"
 #include "parallel.h"
 

@@ -1,5 +1,5 @@
 // The query rows of the decoding gate: what each sees, its norms, and the integers that stand for it.
-#include "rows.h"
+#include "scan_rows.h"
 
 #include <algorithm>
 #include <cmath>
