@@ -151,4 +151,3 @@ def _prepare(xp: Any, call: Call, selection: Selection) -> tuple[Any, list]:
             heads=part.heads, batch=part.batch, q_block=part.q_block, kv_block=part.kv_block, lead=part.lead,
         )  # fmt: skip
     return prepared, alive
-
