@@ -11,6 +11,8 @@
 #include "attend.h"
 #include "kernels.h"
 #include "level.h"
+#include "rows.h"
+#include "top_k.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -102,6 +104,19 @@ void choose_ranges(Attention& a, int64_t prefix, int64_t window, bool two_sided)
   a.choice.two_sided = two_sided;
 }
 
+RowChoice row_choice(const Attention& a, std::optional<View> index, const std::vector<int64_t>& offsets, int64_t first_key,
+                     int64_t prefix, int64_t window, bool two_sided) {
+  RowChoice c;
+  c.index = index.value_or(absent);
+  c.offsets = offsets;
+  c.first_key = first_key;
+  c.prefix = prefix;
+  c.window = window;
+  c.two_sided = two_sided;
+  check_rows(a, c);
+  return c;
+}
+
 }  // namespace
 }  // namespace sieve
 
@@ -134,6 +149,33 @@ NB_MODULE(_native, m) {
         },
         "a"_a, "d_out"_a, "lse"_a, "shift"_a, "dq"_a, "dk"_a, "dv"_a, "d_bias"_a.none(),
         nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<RowChoice>(m, "RowChoice")
+      .def("__init__",
+           [](RowChoice* self, const Attention& a, std::optional<View> index, const std::vector<int64_t>& offsets, int64_t first_key,
+              int64_t prefix, int64_t window, bool two_sided) {
+             new (self) RowChoice(row_choice(a, index, offsets, first_key, prefix, window, two_sided));
+           },
+           "a"_a, "index"_a.none() = nb::none(), "offsets"_a = std::vector<int64_t>{}, "first_key"_a = 0, "prefix"_a = 0,
+           "window"_a = 0, "two_sided"_a = false);
+  m.def("attend_rows",
+        [](const Attention& a, const RowChoice& c, const View& out, const View& lse) {
+          attend_rows(a, c, out, static_cast<float*>(lse.data));
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+  m.def("attend_rows_backward",
+        [](const Attention& a, const RowChoice& c, const View& d_out, const View& lse, const View& shift, const View& dq,
+           const View& dk, const View& dv, std::optional<View> d_bias) {
+          attend_rows_backward(a, c, Gradients{d_out, static_cast<float*>(lse.data), static_cast<float*>(shift.data), dq, dk, dv,
+                                               d_bias.value_or(absent)});
+        },
+        "a"_a, "choice"_a, "d_out"_a, "lse"_a, "shift"_a, "dq"_a, "dk"_a, "dv"_a, "d_bias"_a.none(),
+        nb::call_guard<nb::gil_scoped_release>());
+  m.def("top_k_attention",
+        [](const Attention& a, int64_t top_k, const View& out, const View& lse, const View& index, std::optional<View> counts) {
+          top_k_attention(a, top_k, out, static_cast<float*>(lse.data), static_cast<int32_t*>(index.data),
+                          counts ? static_cast<int64_t*>(counts->data) : nullptr);
+        },
+        "a"_a, "top_k"_a, "out"_a, "lse"_a, "index"_a, "counts"_a.none(), nb::call_guard<nb::gil_scoped_release>());
   m.def("level", &level);
   m.def("levels", &levels);
   m.def("force_level", &force_level);

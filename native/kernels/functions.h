@@ -18,6 +18,15 @@ bool all_finite(const float* x, int64_t n);
 void put_row(const float* x, int64_t n, void* out, int64_t stride, DType dtype);
 void gradient(const TileGradient& g);
 int64_t gradient_scratch(int32_t d, int32_t dv);
+void row_dots(const RowTask& t);
+float row_attend(const RowTask& t, float sink, float* o, void* out, int64_t stride, DType dtype);
+void row_slopes(const RowTask& t, float lse, float shift, const float* d_out, float* pull, float* slope);
+void row_sum(const RowSource& x, const int32_t* index, const float* weight, int64_t n, bool clean, float* out, float* copy);
+void row_bias(const char* bias, int64_t stride, DType dtype, const int32_t* key, int64_t n, float* out);
+void top_k(const TopKTile& x);
+float top_k_product(uint64_t rank);
+void block_bounds(const BlockBounds& x);
+void upper_bounds(const BlockBounds& x);
 
 }  // namespace SIEVE_LEVEL
 }  // namespace sieve

@@ -10,6 +10,8 @@ extern const Kernels table;
 const Kernels table = {
     attends_bf16(), pack_keys,  pack_keys_bf16, pack_values_bf16, read_rows, attend, attend_bf16,
     tile_scratch,   finish_row, all_finite,     put_row,          gradient,  gradient_scratch,
+    row_dots,       row_attend, row_slopes,     row_sum,          row_bias,
+    top_k,          top_k_product, block_bounds, upper_bounds,
 };
 
 }  // namespace SIEVE_LEVEL
