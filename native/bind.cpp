@@ -12,6 +12,7 @@
 #include "kernels.h"
 #include "level.h"
 #include "rows.h"
+#include "ternary.h"
 #include "top_k.h"
 
 namespace nb = nanobind;
@@ -176,6 +177,15 @@ NB_MODULE(_native, m) {
                           counts ? static_cast<int64_t*>(counts->data) : nullptr);
         },
         "a"_a, "top_k"_a, "out"_a, "lse"_a, "index"_a, "counts"_a.none(), nb::call_guard<nb::gil_scoped_release>());
+  m.def("ternary_linear",
+        [](const View& codes, const View& alpha, int64_t rows, int64_t columns, const View& x, bool int8, const View& out,
+           int threads) {
+          ternary_linear(TernaryWeights{static_cast<const int32_t*>(codes.data), rows, columns, static_cast<const float*>(alpha.data),
+                                        alpha.shape[3] > 1 ? 1 : 0},
+                         x, int8, out, threads);
+        },
+        "codes"_a, "alpha"_a, "rows"_a, "columns"_a, "x"_a, "int8"_a, "out"_a, "threads"_a,
+        nb::call_guard<nb::gil_scoped_release>());
   m.def("level", &level);
   m.def("levels", &levels);
   m.def("force_level", &force_level);

@@ -62,6 +62,7 @@ struct RowSource;    // rows.h
 struct RowTask;
 struct TopKTile;     // top_k.h
 struct BlockBounds;
+struct TernaryTask;  // ternary.h
 
 struct Kernels {
   bool bf16_tiles;  // whether attend_bf16 exists (AMX)
@@ -98,6 +99,20 @@ struct Kernels {
   float (*top_k_product)(uint64_t rank);  // the product in a rank
   void (*block_bounds)(const BlockBounds& x);  // centre and reach
   void (*upper_bounds)(const BlockBounds& x);  // upper and priority
+
+  // ternary weights (ternary.h)
+  bool ternary_tiles;             // whether many tokens are multiplied by tiles (AMX)
+  int64_t ternary_few_tokens;     // up to so many go by tables
+  int64_t ternary_many_blocks;    // row blocks that ternary_many takes
+  int64_t ternary_scratch_floats; // scratch of ternary_many
+  int64_t (*ternary_table_floats)();  // of one group of columns
+  void (*ternary_tables)(const float* x, int64_t groups, float* tables);
+  void (*ternary_few)(const TernaryTask& t);   // x: tables
+  void (*ternary_split)(const float* x, int64_t stride, int64_t rows, int64_t groups, int64_t parts, uint16_t* out);
+  void (*ternary_many)(const TernaryTask& t);  // x: fp32 rows, or what ternary_split wrote
+  float (*ternary_round)(const float* x, int64_t n, int8_t* q);  // to 8 bits; returns the scale
+  void (*ternary_few_int8)(const TernaryTask& t);   // x: int8 rows
+  void (*ternary_many_int8)(const TernaryTask& t);  // x: int8 tiles of 16 tokens and 64 columns
 };
 
 static inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -27,6 +27,18 @@ void top_k(const TopKTile& x);
 float top_k_product(uint64_t rank);
 void block_bounds(const BlockBounds& x);
 void upper_bounds(const BlockBounds& x);
+bool ternary_tiles();
+int64_t ternary_few_tokens();
+int64_t ternary_many_blocks();
+int64_t ternary_scratch_floats();
+int64_t ternary_table_floats();
+void ternary_tables(const float* x, int64_t groups, float* tables);
+void ternary_few(const TernaryTask& t);
+void ternary_split(const float* x, int64_t stride, int64_t rows, int64_t groups, int64_t parts, uint16_t* out);
+void ternary_many(const TernaryTask& t);
+float ternary_round(const float* x, int64_t n, int8_t* q);
+void ternary_few_int8(const TernaryTask& t);
+void ternary_many_int8(const TernaryTask& t);
 
 }  // namespace SIEVE_LEVEL
 }  // namespace sieve
