@@ -12,6 +12,7 @@
 #include "kernels.h"
 #include "level.h"
 #include "rows.h"
+#include "scan.h"
 #include "ternary.h"
 #include "top_k.h"
 
@@ -186,6 +187,11 @@ NB_MODULE(_native, m) {
         },
         "codes"_a, "alpha"_a, "rows"_a, "columns"_a, "x"_a, "int8"_a, "out"_a, "threads"_a,
         nb::call_guard<nb::gil_scoped_release>());
+  m.def("diagonal_scan",
+        [](const View& x, const View& a, const View& start, const View& out, bool reverse, int threads) {
+          diagonal_scan(x, static_cast<const float*>(a.data), static_cast<const float*>(start.data), out, reverse, threads);
+        },
+        "x"_a, "a"_a, "start"_a, "out"_a, "reverse"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("level", &level);
   m.def("levels", &levels);
   m.def("force_level", &force_level);

@@ -113,6 +113,10 @@ struct Kernels {
   float (*ternary_round)(const float* x, int64_t n, int8_t* q);  // to 8 bits; returns the scale
   void (*ternary_few_int8)(const TernaryTask& t);   // x: int8 rows
   void (*ternary_many_int8)(const TernaryTask& t);  // x: int8 tiles of 16 tokens and 64 columns
+
+  // h_t = a * h_(t-1) + x_t over `channels` side by side; steps in elements, negative ones go back in time
+  void (*diagonal_scan)(const float* x, int64_t x_step, const float* a, const float* start, float* out, int64_t out_step,
+                        int64_t length, int64_t channels);
 };
 
 static inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -39,6 +39,8 @@ void ternary_many(const TernaryTask& t);
 float ternary_round(const float* x, int64_t n, int8_t* q);
 void ternary_few_int8(const TernaryTask& t);
 void ternary_many_int8(const TernaryTask& t);
+void diagonal_scan(const float* x, int64_t x_step, const float* a, const float* start, float* out, int64_t out_step, int64_t length,
+                   int64_t channels);
 
 }  // namespace SIEVE_LEVEL
 }  // namespace sieve
