@@ -62,11 +62,13 @@ def top_k_attention(
         cu_seqlens=cu_seqlens, sink=sink, window=window, dropout=0.0,
     )  # fmt: skip
     most = min(top_k, call.kv_len)
-    compiling = pipeline._compiling()
-    if compiling and return_report:
-        raise checks.error("return_report", "cannot be used inside torch.compile", "True", "ask for it outside of it")
-    request = pipeline._request(call, Policy(), Selection((Tokens(call.query, call.kv_len),)))
-    name, why = (backend, "") if compiling else dispatch.choose(backend, request)
+    if pipeline._compiling():
+        # the operator chooses its backend when it runs
+        if return_report:
+            raise checks.error("return_report", "cannot be used inside torch.compile", "True", "ask for it outside of it")
+        output, lse, *_ = _run(call, most, backend)
+        return (output, lse) if return_lse else output
+    name, why = dispatch.choose(backend, pipeline._request(call, Policy(), Selection((Tokens(call.query, call.kv_len),))))
     clock = perf_counter()
     output, lse, index, counts = _run(call, most, name)
     seconds = {"attend": perf_counter() - clock}
