@@ -23,7 +23,9 @@ def _shifts(device: torch.device) -> Tensor:
 
 def _check_form(form: str) -> None:
     if form not in FORMS:
-        raise checks.error("form", f"must be one of {', '.join(map(repr, FORMS))}", repr(form), "'base-3' is smaller and unpacked to compute")
+        raise checks.error(
+            "form", f"must be one of {', '.join(map(repr, FORMS))}", repr(form), "'base-3' is smaller and unpacked to compute"
+        )
 
 
 def pack(trits: Tensor, form: str = "2-bit") -> Tensor:
@@ -31,7 +33,10 @@ def pack(trits: Tensor, form: str = "2-bit") -> Tensor:
     _check_form(form)
     if trits.dim() != 2 or bool(((trits != -1) & (trits != 0) & (trits != 1)).any()):
         raise checks.error(
-            "trits", "must be a matrix of -1, 0 and 1", f"shape {tuple(trits.shape)}", "quantise the weights first: TernaryLinear.trits()"
+            "trits",
+            "must be a matrix of -1, 0 and 1",
+            f"shape {tuple(trits.shape)}",
+            "quantise the weights first: TernaryLinear.trits()",
         )
     codes = trits.to(torch.int64) + 1
     rows, columns = trits.shape

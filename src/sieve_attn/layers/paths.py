@@ -26,9 +26,7 @@ class _Path(nn.Module):
     def _empty(self, batch: int, like: dict) -> Tensor:
         raise NotImplementedError
 
-    def empty_cache(
-        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def empty_cache(self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The state before the first token: zeros."""
         known = next(self.parameters())
         return self._empty(checks.positive_int("batch_size", batch_size, "try 1"),

@@ -36,7 +36,9 @@ class SparseCausalAttention(nn.Module):
         self.top_k = checks.positive_int("top_k", top_k, "try 8")
         self.heads = checks.positive_int("heads", heads, "try 1")
         if d_model % heads:
-            raise checks.error("heads", "must divide `d_model`", f"{heads} heads on a width of {d_model}", "choose a divisor of it")
+            raise checks.error(
+                "heads", "must divide `d_model`", f"{heads} heads on a width of {d_model}", "choose a divisor of it"
+            )
         make = {"quantize": quantize, "device": device, "dtype": dtype}
         self.query = TernaryLinear(d_model, heads * d_head, **make)
         self.key = TernaryLinear(d_model, heads * d_head, **make)

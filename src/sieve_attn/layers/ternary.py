@@ -113,9 +113,13 @@ class TernaryLinear(nn.Module):
     def pack(self, form: str = "2-bit", *, int8_activations: bool = False) -> PackedTernaryLinear:
         """The inference form of this layer; see :class:`PackedTernaryLinear`. Raises ValueError if it is not quantised."""
         if not self.quantize:
-            raise checks.error("quantize", "must be True to pack a layer: plain weights are no trits", "False", "train it with True")
+            raise checks.error(
+                "quantize", "must be True to pack a layer: plain weights are no trits", "False", "train it with True"
+            )
         if not bool(torch.isfinite(self.weight).all()):
-            raise checks.error("weight", "must be finite to be packed: trits cannot hold NaN", "NaN or infinities", "mend them first")
+            raise checks.error(
+                "weight", "must be finite to be packed: trits cannot hold NaN", "NaN or infinities", "mend them first"
+            )
         packed = PackedTernaryLinear(
             self.in_features, self.out_features, form, per_row=self.per_row, hadamard=self.hadamard,
             int8_activations=int8_activations, device=self.weight.device,

@@ -44,7 +44,14 @@ def _compute(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool) -> 
     out = torch.empty(flat.shape[0], rows, dtype=x.dtype)
     if flat.shape[0]:
         native.module().ternary_linear(
-            native.view(codes), native.view(alpha), rows, x.shape[-1], native.view(flat), int8, native.view(out), native.threads(x)
+            native.view(codes),
+            native.view(alpha),
+            rows,
+            x.shape[-1],
+            native.view(flat),
+            int8,
+            native.view(out),
+            native.threads(x),
         )
     return out.reshape(*x.shape[:-1], rows)
 

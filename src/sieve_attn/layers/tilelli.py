@@ -66,9 +66,7 @@ class TilelliBlock(nn.Module):
         h = self.norm(x)
         return self._combine(x, h, [path(h) for path in self.paths])
 
-    def empty_cache(
-        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> tuple:
+    def empty_cache(self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> tuple:
         """A cache of no token."""
         return tuple(path.empty_cache(batch_size, device, dtype) for path in self.paths)
 
