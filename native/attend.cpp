@@ -102,6 +102,15 @@ void pack_queries(const Attention& a, int64_t b, const std::vector<Row>& rows, b
   }
 }
 
+// Queries that lie as the kernels read them need no copy; null where they do not.
+const char* queries_in_place(const Attention& a, int64_t b, const std::vector<Row>& rows, bool bf16, int64_t& stride) {
+  const int64_t n = static_cast<int64_t>(rows.size());
+  const bool ready = bf16 ? n % 16 == 0 && a.q.shape[3] % 32 == 0 : a.q.dtype == F32;
+  if (!ready || a.q.stride[3] != 1 || rows[n - 1].query - rows[0].query != n - 1 || rows[n - 1].head != rows[0].head) return nullptr;
+  stride = a.q.stride[2];
+  return at(a.q, b, rows[0].head, rows[0].query, 0);
+}
+
 // The rows of a unit in groups of at most MAX_ROWS: heads of a group side by side where they fit, long tiles cut.
 template <class Body>
 void each_group(const Plan& plan, int64_t head, int64_t t, std::vector<Row>& rows, const Body& body) {
@@ -113,9 +122,14 @@ void each_group(const Plan& plan, int64_t head, int64_t t, std::vector<Row>& row
   const int64_t together = n >= MAX_ROWS ? 1 : std::min(heads, MAX_ROWS / n);
   for (int64_t h = 0; h < heads; h += together)
     for (int64_t from = first; from < last; from += MAX_ROWS) {
-      rows.clear();
-      for (int64_t g = h; g < std::min(heads, h + together); ++g)
-        for (int64_t i = from; i < std::min(last, from + MAX_ROWS); ++i) rows.push_back({first_head + g, i});
+      const int64_t some = std::min(last, from + MAX_ROWS) - from, end = std::min(heads, h + together);
+      rows.resize((end - h) * some);
+      Row* row = rows.data();
+      for (int64_t g = h; g < end; ++g)
+        for (int64_t i = 0; i < some; ++i, ++row) {
+          row->head = first_head + g;
+          row->query = from + i;
+        }
       body();
     }
 }
@@ -155,14 +169,18 @@ void attend(const Attention& a, const View& out, float* lse) {
       tile.k = packed.keys.get() + i * packed.key_bytes;
       tile.v = in_place ? at(a.v, b, kv, 0, 0) : packed.values.get() + i * packed.value_bytes;
       tile.v_stride = in_place ? a.v.stride[2] : wide_v;
-      tile.q = w.q.get();
       tile.o = w.o.get();
       tile.m = w.m;
       tile.l = w.l;
       tile.scratch = w.scratch.get();
       each_group(plan, head, t, w.rows, [&] {
         plan.look(b, t * plan.tile - plan.lead, w.rows, w.list, w.sight, tile);
-        pack_queries(a, b, w.rows, bf16, wide_d, w.q.get());
+        tile.q = queries_in_place(a, b, w.rows, bf16, tile.q_stride);
+        if (!tile.q) {
+          pack_queries(a, b, w.rows, bf16, wide_d, w.q.get());
+          tile.q = w.q.get();
+          tile.q_stride = wide_d;
+        }
         tile.sanitize = false;
         (bf16 ? k.attend_bf16 : k.attend)(tile);
         if (!k.all_finite(tile.o, tile.rows * wide_v)) {
@@ -228,6 +246,7 @@ void attend_backward(const Attention& a, const Gradients& g) {
         TileGradient x{};
         x.tile.k = panels.get();
         x.tile.q = q.get();
+        x.tile.q_stride = wide_d;
         x.tile.scratch = scratch.get();
         x.lse = lse;
         x.shift = shift;

@@ -13,7 +13,8 @@ constexpr int CHUNK_PANELS = 8; // panels that are softmaxed together
 struct Tile {
   int32_t rows;              // 1..MAX_ROWS
   int32_t d, dv;             // channels of keys and of values
-  const void* q;             // packed: fp32 [rows][d], or bf16 [rows up to a multiple of 16][d up to a multiple of 32]
+  const void* q;             // rows of fp32 [rows][d], or of bf16 [rows up to a multiple of 16][d up to a multiple of 32]
+  int64_t q_stride;          // between rows of q
   int32_t panels;
   const int32_t* panel;      // [panels] numbers of key panels, increasing
   const uint16_t* keep;      // [panels] bit i: key i of the panel is selected

@@ -38,7 +38,7 @@ void gradient(const TileGradient& g) {
       const int there = (int)(t.kv_len - base < PANEL ? t.kv_len - base : PANEL);
       for (int i = 0; i < there; ++i) row[rows++] = g.k_rows + (base + i) * wide_d;
     }
-    times_panels(q, wide_d, t.rows, t.d, panel, count, s, STRIDE);
+    times_panels(q, t.q_stride, t.rows, t.d, panel, count, s, STRIDE);
     times_panels(g.d_out, wide_v, t.rows, t.dv, value_panel, count, slope, STRIDE);
     for (int r = 0; r < t.rows; ++r) {
       float *sr = s + r * STRIDE, *dr = slope + r * STRIDE, *cr = capped + r * STRIDE;

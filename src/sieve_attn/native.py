@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from functools import lru_cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -18,10 +19,12 @@ PURE = "SIEVE_PURE_PYTHON"
 
 @lru_cache
 def _load() -> tuple[ModuleType | None, str]:
+    if find_spec("sieve_attn._native") is None:
+        return None, f"install with a C++17 compiler and without {PURE}"
     try:
         from sieve_attn import _native
     except ImportError as why:
-        return None, str(why)
+        return None, f"loading them failed: {why}"
     return _native, ""
 
 
@@ -30,7 +33,7 @@ def missing() -> tuple[str, ...]:
     found, why = _load()
     if found is not None:
         return ()
-    return (f"the C++ kernels are not installed ({why}); install with a C++17 compiler and without {PURE}",)
+    return (f"the C++ kernels are not installed; {why}",)
 
 
 def module() -> ModuleType:

@@ -1,4 +1,4 @@
-"""The command line: ``sieve generate``, ``compare``, ``inspect``, ``bench`` and ``doctor``. Commands load what they need when they run."""
+"""The command line: ``sieve generate``, ``compare``, ``inspect``, ``doctor``, ``bench``; each loads what it needs when run."""
 
 from __future__ import annotations
 

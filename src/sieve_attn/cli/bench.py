@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,19 +29,19 @@ class _Published(TyperCommand):
     """``--sparsity-sweep 0.5 0.7 0.9``: one flag, many numbers."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        spread, sweeping = [], False
-        for word in args:
-            if word.startswith("--"):
-                sweeping = word.replace("_", "-") == SWEEP
-                spread += [] if sweeping else [word]
-            elif sweeping:
-                spread += [part for number in word.split(",") if number for part in (SWEEP, number)]
-            else:
+        spread, words = [], list(args)
+        while words:
+            word = words.pop(0)
+            if word.replace("_", "-") != SWEEP or not words or words[0].startswith("--"):
                 spread.append(word)
+                continue
+            while words and not words[0].startswith("--"):
+                spread += [part for number in words.pop(0).split(",") if number for part in (SWEEP, number)]
         return super().parse_args(ctx, spread)
 
 
 bench = typer.Typer(cls=_Bench, add_completion=False, help="Correctness first, then time against the fastest dense kernels.")
+Seed = Annotated[int, typer.Option("--seed", help="The same seed draws the same arrays and selections.")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write machine, settings and rows to this file.")]
 
 
@@ -50,7 +49,7 @@ JsonPath = Annotated[Path | None, typer.Option("--json", help="Write machine, se
 def run(
     groups: Annotated[list[str] | None, typer.Argument(help="prefill, backward, decode, gate, topk; all by default.")] = None,
     json: JsonPath = None,
-    markdown: Annotated[str | None, typer.Option("--markdown", help="Write Markdown tables to this file; '-' prints them.")] = None,
+    markdown: Annotated[str | None, typer.Option("--markdown", help="Write Markdown tables here; '-' prints them.")] = None,
     threads: Annotated[list[int] | None, typer.Option("--threads", help="May be repeated; 1 and 2 by default.")] = None,
     n: Annotated[int | None, typer.Option("--n", help="Queries and keys (8,192; topk 4,096); gate stops at this length.")] = None,
     keys: Annotated[int | None, typer.Option("--keys", help="Keys in the cache of decode (131,072).")] = None,
@@ -61,8 +60,8 @@ def run(
     quick: Annotated[bool, typer.Option("--quick", help="1,024 tokens, 8,192 keys, 3 repeats, one thread.")] = False,
     long: Annotated[bool, typer.Option("--long", help="Also 128K and 1M tokens, and top-k at 64K.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="Print what would run, and stop.")] = False,
-    compare: Annotated[Path | None, typer.Option("--compare", help="A --json file; a ratio 10 % below its own is exit 1.")] = None,
-    seed: o.Seed = 0, backend: o.Backend = "auto",
+    compare: Annotated[Path | None, typer.Option("--compare", help="An earlier --json; ratios 10 % below it are exit 1.")] = None,
+    seed: Seed = 0, backend: o.Backend = "auto",
 ) -> None:  # fmt: skip
     """Ratios over PyTorch's attention and compiled FlexAttention in the same run. A row that is wrong is FAILED, and exit 1.
 
@@ -72,7 +71,7 @@ def run(
 
     with o.user_errors():
         settings = Settings(
-            tuple(dict.fromkeys(groups)) if groups else GROUPS, n, keys, _given(dtype), _given(head_dim), _given(threads), repeats,
+            _given(groups) or GROUPS, n, keys, _given(dtype), _given(head_dim), _given(threads), repeats,
             tuple(name.strip() for name in peers.split(",") if name.strip()), backend, seed, quick, long,
         )  # fmt: skip
         if listing:
@@ -94,6 +93,7 @@ def run(
         typer.echo(table.markdown(machine, rows), nl=False)
     else:
         console = table.console()
+        console.print(table.machine_line(machine), style="dim", highlight=False)
         for part in table.by_group(rows):
             table.print_group(console, part)
         console.print(table.summary(rows), highlight=False)
@@ -124,32 +124,33 @@ def aether(
     export_csv: Annotated[Path | None, typer.Option("--export-csv", help="Write the table to this file.")] = None,
     json: JsonPath = None,
     data: Annotated[str, typer.Option("--data", help="gaussian keys as published, or clustered ones.")] = "gaussian",
-    seed: o.Seed = 0, backend: o.Backend = "auto", threads: o.Threads = None,
+    seed: Seed = 0, backend: o.Backend = "auto", threads: o.Threads = None,
 ) -> None:  # fmt: skip
-    """The published benchmark: one query per (batch, head) against a cache; time, sparsity and quality in columns of their own."""
+    """The published benchmark: one query per (batch, head) against a cache; time, sparsity and quality apart."""
     with o.user_errors():
         _check_target(json, None if export_csv is None else str(export_csv))
         o.set_threads(threads)
-        from sieve_attn.bench import aether as published
-        from sieve_attn.bench.aether_table import show
+        from sieve_attn.bench.aether import show
+        from sieve_attn.bench.aether.cases import Options
+        from sieve_attn.bench.aether.run import run as measure
+        from sieve_attn.bench.results import write_json
 
-        asked = published.Options(
+        asked = Options(
             batch_size, num_heads, head_dim, seq_len, block_size, num_warmup, num_iterations, dtype, threshold, target_sparsity,
             all_variants, verify, tuple(sparsity_sweep or ()), data, backend, seed,
         )  # fmt: skip
         with o.progress_bar(True) as tell:
-            outcomes = list(published.run(asked, tell))
+            outcomes = list(measure(asked, tell))
         laws = []
         if verify:
-            from sieve_attn.bench.aether_verify import verify as hold
+            from sieve_attn.bench.aether.verify import verify as hold
 
             laws = list(hold(asked))
-        document = published.document(asked, _machine(), outcomes, laws)
         if json is not None:
-            json.write_text(json_module.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            write_json(json, show.document(asked, _machine(), outcomes, laws))
         if export_csv is not None:
-            published.write_csv(export_csv, asked, outcomes)
-    show(asked, outcomes, laws)
+            show.write_csv(export_csv, asked, outcomes)
+    show.show(asked, outcomes, laws)
     if any(outcome.status == "failed" for outcome in outcomes) or any(wrong for _, wrong in laws):
         raise typer.Exit(1)
 

@@ -1,0 +1,1 @@
+"""AETHER's published benchmark: ``cases`` (flags and arrays), ``run``, ``verify`` and ``show``."""

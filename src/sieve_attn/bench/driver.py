@@ -1,0 +1,93 @@
+"""One driver for all cases: first call and its memory, then the check, then peers, then interleaved clocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sieve_attn.bench import timing
+from sieve_attn.bench.attending import backward, prefill
+from sieve_attn.bench.cases import Case, cases
+from sieve_attn.bench.gating import decode, gate
+from sieve_attn.bench.peers import usable
+from sieve_attn.bench.prepared import Prepared, Unavailable, which_backend
+from sieve_attn.bench.rows import FAILED, UNAVAILABLE, Row
+from sieve_attn.bench.settings import Settings
+from sieve_attn.bench.top_k import top_k
+
+BUILDERS: dict[str, Callable[[Case, Settings], Prepared]] = {
+    "prefill": prefill, "backward": backward, "gate": gate, "decode": decode, "topk": top_k,
+}  # fmt: skip
+
+
+def run(settings: Settings, tell: Callable[[str, float], None] = lambda stage, done: None) -> Iterator[Row]:
+    """The rows of a run as they are measured. ``tell(group, share done)`` hears of the progress."""
+    wanted = cases(settings)
+    for dtype, dim in {(case.dtype, case.dim): None for case in wanted}:
+        # a backend that was named and cannot run says so before any work; and what is loaded once is no row's memory
+        one = torch.zeros(1, 1, 1, dim, dtype=getattr(torch, dtype))
+        which_backend(one, one, one, settings.backend)
+    single: dict[tuple, Row] = {}
+    for place, case in enumerate(wanted):
+        same = [i for i, c in enumerate(wanted) if c.group == case.group]
+        tell(case.group, (place - same[0]) / len(same))
+        with timing.threads(case.threads):
+            row = measure(case, settings)
+        if case.threads == 1:
+            single[row.identity[:-1]] = row
+        yield scaled(row, single.get(row.identity[:-1]))
+        tell(case.group, (place + 1 - same[0]) / len(same))
+
+
+def measure(case: Case, settings: Settings) -> Row:
+    """One case. What is wrong or raises makes a FAILED row, which carries no ratio."""
+    row = Row(case.group, case.name, case.dtype, case.q_len, case.kv_len, case.dim, case.block, case.threads,
+              targets=case.targets)  # fmt: skip
+    try:
+        prepared = BUILDERS[case.group](case, settings)
+        result, growth, resident = timing.peak_growth(prepared.first or prepared.call)
+        wrong, known = prepared.check(result)
+        del result
+        row = replace(row, peak_mb=growth, resident_mb=resident, **known)
+        if wrong:
+            return replace(row, status=FAILED, notes=(wrong,))
+        return clocked(row, prepared, settings)
+    except Unavailable as why:
+        return replace(row, status=UNAVAILABLE, notes=(str(why),))
+    except Exception as why:
+        return replace(row, status=FAILED, notes=(f"{type(why).__name__}: {why}",))
+
+
+def clocked(row: Row, prepared: Prepared, settings: Settings) -> Row:
+    """The row with its times and everything that follows from them."""
+    others, reasons = usable({n: make for n, make in prepared.peers.items() if n in settings.peers or n == "naive"})
+    if prepared.first is not None:
+        prepared.call()
+
+    def parts(name: str, result: Any) -> dict[str, float]:
+        return prepared.parts(result) if name == "ours" else {}
+
+    times = timing.interleave({"ours": prepared.call, **others}, settings.repeats, parts)
+    ms = {name: timing.median_ms(samples) for name, samples in times.items()}
+    dense, sparse, flex = ms.get("sdpa", ms.get("naive")), ms["ours"], ms.get("flex")
+    over = {name: ms[name] / sparse for name in others}
+    floor = row.floor_ms
+    ideal = row.ideal if floor is None or dense is None else dense / floor
+    return replace(
+        row,
+        ratio=min(over.values(), default=None), ratio_sdpa=over.get("sdpa"), ratio_flex=over.get("flex"), ideal=ideal,
+        dense_ms=dense, sparse_ms=sparse, flex_ms=flex, gate_ms=ms.get("gate"), attend_ms=ms.get("attend"),
+        gate_percent=100.0 * ms["gate"] / dense if dense and "gate" in ms else None,
+        bandwidth_share=None if floor is None else floor / sparse,
+        samples=len(times["ours"]), spread=timing.spread(times["ours"]), notes=(*prepared.notes, *reasons),
+    )  # fmt: skip
+
+
+def scaled(row: Row, single: Row | None) -> Row:
+    """How more threads helped us, over how they helped SDPA, beside the row of one thread."""
+    if single is None or row.threads == 1 or not (row.ratio_sdpa and single.ratio_sdpa):
+        return row
+    return replace(row, scaling=row.ratio_sdpa / single.ratio_sdpa)

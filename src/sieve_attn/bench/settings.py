@@ -1,0 +1,66 @@
+"""What a benchmark run was asked for, checked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from sieve_attn.checks import error, positive_int
+
+GROUPS = ("prefill", "backward", "decode", "gate", "topk")
+PEERS = ("sdpa", "flex")
+DTYPES = ("float32", "bfloat16", "float16")
+
+QUICK_N, QUICK_KEYS, QUICK_REPEATS = 1024, 8192, 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. ``None`` leaves a choice to the group: its own lengths, dtypes and head dimensions.
+
+    ``n``: queries and keys of ``prefill``, ``backward``, ``topk`` and of the shares of ``gate``, whose other rows stop at that
+    length. ``keys``: the cache of ``decode``. ``repeats``: at least so many samples a median. ``long`` adds the rows that take
+    minutes and gigabytes; ``quick`` is small sizes, one thread and few repeats, where these are not given.
+    """
+
+    groups: tuple[str, ...] = GROUPS
+    n: int | None = None
+    keys: int | None = None
+    dtypes: tuple[str, ...] | None = None
+    head_dims: tuple[int, ...] | None = None
+    threads: tuple[int, ...] | None = None
+    repeats: int | None = None
+    peers: tuple[str, ...] = PEERS
+    backend: str = "auto"
+    seed: int = 0
+    quick: bool = False
+    long: bool = False
+
+    def __post_init__(self):
+        one_of("group", self.groups, GROUPS, "for the published benchmark run `sieve bench aether`")
+        one_of("peers", self.peers, PEERS, "separate them by commas")
+        if self.dtypes is not None:
+            one_of("dtype", self.dtypes, DTYPES, "kernels are measured in these")
+        for name, value, least in (("n", self.n, 64), ("keys", self.keys, 64), ("repeats", self.repeats, 1)):
+            if value is not None:
+                positive_int(name, value, "leave it out for the default", least=least)
+        for head_dim in self.head_dims or ():
+            positive_int("head_dim", head_dim, "try 64")
+        for threads in self.threads or ():
+            positive_int("threads", threads, "leave it out for 1 and 2")
+        quick = {"n": QUICK_N, "keys": QUICK_KEYS, "repeats": QUICK_REPEATS, "threads": (1,)} if self.quick else {}
+        full = {"keys": 131_072, "repeats": 7, "threads": (1, 2) if (os.cpu_count() or 1) > 1 else (1,)}
+        for name, value in (full | quick).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    def allows(self, length: int) -> bool:
+        """Whether a row of a fixed ``length`` belongs to this run."""
+        return self.n is None or length <= self.n
+
+
+def one_of(argument: str, given: tuple[str, ...], allowed: tuple[str, ...], remedy: str) -> None:
+    """Raise ValueError unless every name in ``given`` is ``allowed``."""
+    unknown = [name for name in given if name not in allowed]
+    if unknown:
+        raise error(argument, f"must be of {', '.join(allowed)}", ", ".join(map(repr, unknown)), remedy)

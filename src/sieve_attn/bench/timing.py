@@ -1,0 +1,125 @@
+"""Clocks and meters: interleaved medians, resident memory, read bandwidth, threads."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROC = Path("/proc/self")
+PEAK_BY = (
+    "growth of resident memory during the first call of a row: VmHWM, reset through /proc/self/clear_refs after malloc_trim, "
+    "less VmRSS before the call"
+)
+LEAST_SECONDS, MOST_SAMPLES = 0.2, 101  # short calls are repeated until a median has so much time behind it
+MOST_SECONDS, FEWEST_SAMPLES = 120.0, 3  # and long ones are repeated less
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """``count`` threads for torch and for kernels that ask it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleave(
+    calls: dict[str, Callable[[], Any]],
+    repeats: int,
+    parts: Callable[[str, Any], dict[str, float]] = lambda name, result: {},
+    least_seconds: float = LEAST_SECONDS,
+) -> dict[str, list[float]]:
+    """Seconds by name: all calls in turn, each turn beginning with another one; ``repeats`` turns, more until short calls fill
+    ``least_seconds``, and fewer (not below 3) where they would take more than two minutes.
+
+    The calls must have run before. ``parts(name, result)`` may add seconds that a result knows about itself.
+    """
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    names, turn, turns, collecting = list(calls), 0, repeats, gc.isenabled()
+    gc.disable()
+    try:
+        while turn < turns:
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                start = time.perf_counter()
+                result = calls[name]()
+                found[name].append(time.perf_counter() - start)
+                for part, seconds in parts(name, result).items():
+                    found.setdefault(part, []).append(seconds)
+                del result
+            turn += 1
+            if turn == 1:
+                once = sum(found[name][0] for name in names)
+                turns = max(repeats, min(MOST_SAMPLES, math.ceil(least_seconds / once)))
+                if turns * once > MOST_SECONDS:
+                    turns = min(turns, max(FEWEST_SAMPLES, int(MOST_SECONDS / once)))
+    finally:
+        if collecting:
+            gc.enable()
+    return found
+
+
+def median_ms(samples: list[float] | None) -> float | None:
+    return 1e3 * statistics.median(samples) if samples else None
+
+
+def spread(samples: list[float]) -> float | None:
+    """Interquartile range over the median: how restless the machine was. None for fewer than 3 samples."""
+    if len(samples) < 3:
+        return None
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def peak_growth(call: Callable[[], Any]) -> tuple[Any, float | None, float | None]:
+    """``(result, growth, peak)`` in MB: how far resident memory rose during ``call``, and how high. None where it cannot tell."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        (PROC / "clear_refs").write_text("5")
+        before = _memory("VmRSS")
+    except (AttributeError, OSError):  # no glibc, no /proc, or no right to write there
+        return call(), None, None
+    result = call()
+    peak = _memory("VmHWM")
+    return result, peak - before, peak
+
+
+def _memory(field: str) -> float:
+    """A field of /proc/self/status in MB."""
+    lines = (PROC / "status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024 / 1e6
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache, 0 where the system does not tell."""
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units), default=0)
+
+
+def read_bandwidth(size: int | None = None, repeats: int = 3) -> tuple[float, str]:
+    """``(GB/s, how)``: the fastest plain read of ``size`` bytes by torch on its threads; by default twice the largest cache.
+
+    The readers are an int64 sum, an fp32 sum and an fp32 dot product of two halves; the best time of each counts.
+    """
+    size = max(2 * last_level_cache(), 1 << 28) if size is None else size
+    words = torch.ones(size // 4, dtype=torch.float32)
+    left, right = words.chunk(2) if len(words) % 2 == 0 else words[:-1].chunk(2)
+    whole = words[: len(words) // 2 * 2].view(torch.int64)
+    readers = {"int64 sum": whole.sum, "fp32 sum": words.sum, "fp32 dot": lambda: torch.dot(left, right)}
+    for read in readers.values():
+        read()
+    best = {name: min(seconds) for name, seconds in interleave(readers, repeats).items()}
+    name = min(best, key=best.get)
+    return words.nbytes / best[name] / 1e9, f"{name} over {words.nbytes / 1e6:.0f} MB"
