@@ -271,7 +271,7 @@ def test_what_is_not_finite_stays_in_its_token_and_shows(level, tokens, bad):
 
 @pytest.mark.parametrize("size", [1e-30, 1e30, 3.3e38])
 def test_large_and_small_numbers(level, size):
-    x, trits, alpha = problem(20, 64, 20)
+    x, trits, _ = problem(20, 64, 20)
     x = torch.nn.functional.one_hot(torch.arange(20), 64).float() * size + torch.sign(x) * size * 2.0**-20
     x = x.clamp(-3.4e38, 3.4e38)
     got = ternary_linear(x, packing.pack(trits), torch.ones(20), 20)
@@ -331,13 +331,13 @@ def test_packed_layers_compile():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: TernaryLinear(8, 8, lsq=True, per_row=True), "`lsq` learns one scale for the tensor and excludes `per_row`; got both"),
+        (lambda: TernaryLinear(8, 8, lsq=True, per_row=True), "`lsq` learns one scale .* and excludes `per_row`; got both"),
         (lambda: TernaryLinear(0, 8), "`in_features` must be an integer of at least 1; got 0"),
         (lambda: TernaryLinear(8, 2.5), r"`out_features` must be an integer of at least 1; got 2.5"),
-        (lambda: TernaryLinear(8, 4, quantize=False).pack(), "`quantize` must be True to pack a layer: plain weights are no trits; got False"),
+        (lambda: TernaryLinear(8, 4, quantize=False).pack(), "`quantize` must be True to pack a layer: .*; got False"),
         (lambda: TernaryLinear(8, 4).pack("3-bit"), "`form` must be one of '2-bit', 'base-3'; got '3-bit'"),
         (lambda: PackedTernaryLinear(8, 4, "3-bit"), "`form` must be one of '2-bit', 'base-3'; got '3-bit'"),
-        (lambda: TernaryLinear(8, 4)(torch.ones(3, 7)), r"`x` must have shape \[..., 8\] for weights of shape \[4, 8\]; got shape \(3, 7\)"),
+        (lambda: TernaryLinear(8, 4)(torch.ones(3, 7)), r"`x` must have shape \[..., 8\] .* \[4, 8\]; got shape \(3, 7\)"),
         (lambda: TernaryLinear(8, 4).pack()(torch.ones(3, 7)), r"`x` must have shape \[..., 8\] .* got shape \(3, 7\)"),
         (lambda: TernaryLinear(8, 4)(torch.tensor(1.0)), r"got shape \(\)"),
         (lambda: packing.pack(torch.full((2, 2), 2)), "`trits` must be a matrix of -1, 0 and 1"),

@@ -227,7 +227,7 @@ def test_own_modules_are_paths_too():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: TilelliBlock(24, []), r"`paths` must name at least one of 'local', 'state', 'sparse', or hold modules; got \[\]"),
+        (lambda: TilelliBlock(24, []), r"`paths` must name at least one of 'local', 'state', 'sparse', .* got \[\]"),
         (lambda: TilelliBlock(24, ["local", "global"]), r"`paths` must name .*; got \['global'\]"),
         (lambda: TilelliBlock(0), "`d_model` must be an integer of at least 1; got 0"),
         (lambda: TilelliBlock(24, kernel_size=0), "`kernel_size` must be an integer of at least 1; got 0"),

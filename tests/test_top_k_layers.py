@@ -204,7 +204,7 @@ def test_packed_layers_step_too():
         (lambda: SparseCausalAttention(24, heads=5), "`heads` must divide `d_model`; got 5 heads on a width of 24"),
         (lambda: SparseCausalAttention(24, top_k=0), "`top_k` must be an integer of at least 1; got 0"),
         (lambda: SparseCausalAttention(24, d_head=0), "`d_head` must be an integer of at least 1; got 0"),
-        (lambda: make()[0](torch.ones(2, 24)), r"`x` must have shape \[batch, len, 24\] with at least one token; got shape \(2, 24\)"),
+        (lambda: make()[0](torch.ones(2, 24)), r"`x` must have shape \[batch, len, 24\] .* got shape \(2, 24\)"),
         (lambda: make()[0](torch.ones(2, 3, 25)), r"`x` must have shape \[batch, len, 24\] .* got shape \(2, 3, 25\)"),
         (lambda: make()[0](torch.ones(2, 0, 24)), r"with at least one token; got shape \(2, 0, 24\)"),
         (lambda: make()[0].warmup_cache(torch.ones(24)), r"`x` must have shape \[batch, len, 24\] .* got shape \(24,\)"),

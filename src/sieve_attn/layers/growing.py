@@ -48,7 +48,7 @@ class GrowingArrays:
     def append(self, new: tuple[Tensor, ...], recorded: bool) -> GrowingArrays:
         """``new`` [batch, heads, entries, width_i]; ``recorded``: whether somebody will differentiate what is made of them."""
         total = self.length + new[0].shape[2]
-        if recorded or any(x.requires_grad for x in self._storage.buffers) and torch.is_grad_enabled():
+        if recorded or (torch.is_grad_enabled() and any(x.requires_grad for x in self._storage.buffers)):
             joined = [torch.cat([old, x], 2) for old, x in zip(self.arrays, new, strict=True)]
             return GrowingArrays(_Storage(joined, total), total)
         storage = self._storage

@@ -15,7 +15,7 @@ CHUNK = 32
 
 def chunked(x: Tensor, decay: Tensor, start: Tensor) -> Tensor:
     """Without kernels: a triangular product with the powers of ``a`` inside of chunks, then one short loop over chunks."""
-    batch, length, width = x.shape
+    length = x.shape[1]
     size = min(CHUNK, length)
     apart = torch.arange(size, device=x.device)[:, None] - torch.arange(size, device=x.device)
     powers = torch.where(apart >= 0, decay[:, None, None] ** apart.clamp_min(0), 0.0)  # [width, to, from]
@@ -31,7 +31,7 @@ def chunked(x: Tensor, decay: Tensor, start: Tensor) -> Tensor:
 
 @torch.library.custom_op("sieve_attn::diagonal_scan", mutates_args=())
 def diagonal_scan(x: Tensor, decay: Tensor, start: Tensor, reverse: bool) -> Tensor:
-    """``h`` [batch, len, width] for ``x`` [batch, len, width], ``a = decay`` [width] and the state before, ``start`` [batch, width].
+    """``h`` [batch, len, width] for ``x`` of that shape, ``a = decay`` [width] and ``start`` [batch, width], the state before.
 
     ``reverse`` runs from the last token to the first. All arrays share one dtype.
     """

@@ -12,7 +12,7 @@ from sieve_attn.layers.ternary import TernaryLinear
 
 
 class SparseCausalAttention(nn.Module):
-    """``y_i = sum_{j in T_i} softmax_{T_i}(q_i.k_j / sqrt(d_head)) v_j``: ``T_i`` holds the ``top_k`` largest logits, ``j <= i``.
+    """``y_i = sum_{j in T_i} softmax_{T_i}(q_i.k_j / sqrt(d_head)) v_j``: ``T_i`` the ``top_k`` largest of ``j <= i``.
 
     ``q = x W_q``, ``k = x W_k`` of width ``heads * d_head`` and ``v = x W_v`` of width ``d_model``, split over the heads; all three
     are :class:`~sieve_attn.layers.TernaryLinear`, plain ones with ``quantize=False``. A query attends to itself and what came
@@ -110,6 +110,6 @@ def check_tokens(x: Tensor, width: int) -> None:
 def check_step(x: Tensor, width: int, batch: int) -> None:
     if tuple(x.shape) != (batch, 1, width):
         raise checks.error(
-            "x_step", f"must have shape [{batch}, 1, {width}]: one token for each sequence of the cache", f"shape {tuple(x.shape)}",
-            "use warmup_cache for several tokens",
+            "x_step", f"must have shape [{batch}, 1, {width}]: one token for each sequence of the cache",
+            f"shape {tuple(x.shape)}", "use warmup_cache for several tokens",
         )  # fmt: skip

@@ -31,7 +31,7 @@ def straight_through(weight: Tensor, value: Tensor) -> Tensor:
 
 
 class TernaryLinear(nn.Module):
-    """``y = x W_q^T`` with ``W_q = clip(round(W / alpha), -1, 1) * alpha``; no bias; the gradient of ``W_q`` goes to ``W`` as it is.
+    """``y = x W_q^T`` with ``W_q = clip(round(W / alpha), -1, 1) * alpha``, no bias; ``W`` gets the gradient of ``W_q``.
 
     ``alpha`` is the mean of ``|W|``, at least 1e-5: over the tensor, or for each output channel with ``per_row``. With ``lsq`` it
     is a parameter, ``scale``, that starts at that mean and learns by the gradient of the rounding step, ``trit - W / scale``

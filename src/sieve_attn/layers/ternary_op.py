@@ -22,7 +22,7 @@ def weight_of(codes: Tensor, alpha: Tensor, rows: int, columns: int, dtype: torc
 
 
 def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(q, scale)`` with ``x ~ q * scale``: whole numbers up to 127 and ``max |x| / 127`` a token; NaN for one that is not finite."""
+    """``(q, scale)`` with ``x ~ q * scale``: whole numbers up to 127, and ``max |x| / 127`` a token or NaN."""
     scale = x.abs().amax(-1, keepdim=True) / 127.0
     known = torch.isfinite(scale) & (scale >= torch.finfo(scale.dtype).tiny)
     q = torch.where(known, torch.round(x / torch.where(known, scale, 1.0)), 0.0)
@@ -69,7 +69,7 @@ def _(x, codes, alpha, rows, int8):
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, codes, alpha, rows, int8 = inputs
+    x, codes, alpha, rows, _ = inputs
     ctx.save_for_backward(codes, alpha)
     ctx.sizes = (rows, x.shape[-1])
 
