@@ -112,6 +112,9 @@ struct Kernels {
   void (*ternary_split)(const float* x, int64_t stride, int64_t rows, int64_t groups, int64_t parts, uint16_t* out);
   void (*ternary_many)(const TernaryTask& t);  // x: fp32 rows, or what ternary_split wrote
   float (*ternary_round)(const float* x, int64_t n, int8_t* q);  // to 8 bits; returns the scale
+  // alpha * scale * sums as a row of the output; line: scratch of n floats
+  void (*ternary_write)(const void* sums, bool integer, int64_t n, const float* alpha, int64_t alpha_stride, float scale, float* line,
+                        void* out, int64_t stride, DType dtype);
   void (*ternary_few_int8)(const TernaryTask& t);   // x: int8 rows
   void (*ternary_many_int8)(const TernaryTask& t);  // x: int8 tiles of 16 tokens and 64 columns
 

@@ -37,6 +37,8 @@ void ternary_few(const TernaryTask& t);
 void ternary_split(const float* x, int64_t stride, int64_t rows, int64_t groups, int64_t parts, uint16_t* out);
 void ternary_many(const TernaryTask& t);
 float ternary_round(const float* x, int64_t n, int8_t* q);
+void ternary_write(const void* sums, bool integer, int64_t n, const float* alpha, int64_t alpha_stride, float scale, float* line,
+                   void* out, int64_t stride, DType dtype);
 void ternary_few_int8(const TernaryTask& t);
 void ternary_many_int8(const TernaryTask& t);
 void diagonal_scan(const float* x, int64_t x_step, const float* a, const float* start, float* out, int64_t out_step, int64_t length,

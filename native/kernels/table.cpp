@@ -13,7 +13,7 @@ const Kernels table = {
     row_dots,       row_attend, row_slopes,     row_sum,          row_bias,
     top_k,          top_k_product, block_bounds, upper_bounds,
     ternary_tiles(), ternary_few_tokens(), ternary_many_blocks(), ternary_scratch_floats(), ternary_table_floats, ternary_tables,
-    ternary_few,     ternary_split,        ternary_many,          ternary_round,            ternary_few_int8,     ternary_many_int8,
+    ternary_few,     ternary_split,        ternary_many,          ternary_round,            ternary_write, ternary_few_int8,     ternary_many_int8,
     diagonal_scan,
 };
 

@@ -46,6 +46,13 @@ void ternary_tables(const float* x, int64_t groups, float* tables) {
 }
 
 #if defined(__AVX512F__)
+// What row block r reads 32 groups after group g; behind its end, what the call for the next R blocks begins with
+template <int R>
+static inline const char* ahead(const int32_t* codes, int64_t groups, int r, int64_t g) {
+  const int64_t next = g + 32 < groups ? r * groups + g + 32 : (r + R) * groups + g + 32 - groups;
+  return reinterpret_cast<const char*>(codes) + next * 64;
+}
+
 // R row blocks against T tokens
 template <int R, int T>
 static inline void look_up(const TernaryTask& t, int64_t block, int64_t token) {
@@ -66,7 +73,7 @@ static inline void look_up(const TernaryTask& t, int64_t block, int64_t token) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         z[r] = _mm512_loadu_si512(codes + (r * t.groups + g) * 16);
-        _mm_prefetch(reinterpret_cast<const char*>(codes + (r * t.groups + g + 32) * 16), _MM_HINT_T0);
+        _mm_prefetch(ahead<R>(codes, t.groups, r, g), _MM_HINT_T0);
       }
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
@@ -170,25 +177,45 @@ void ternary_few(const TernaryTask& t) {
 
 // Codes of a token rounded to 8 bits under its own scale, which is returned; NaN where the token is not finite.
 float ternary_round(const float* x, int64_t n, int8_t* q) {
+  vf high = vf{};
   float most = 0.0f;
-  bool finite = true;
-  for (int64_t i = 0; i < n; ++i) {
-    const float size = __builtin_fabsf(x[i]);
-    finite &= size - size == 0.0f;
-    most = size > most ? size : most;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const vf y = load(x + i);
+    high = max_(y, max_(-y, high));
   }
-  if (!finite || most == 0.0f) {
+  for (; i < n; ++i) most = __builtin_fabsf(x[i]) > most ? __builtin_fabsf(x[i]) : most;
+  for (int l = 0; l < LANES; ++l) most = high[l] > most ? high[l] : most;
+  const bool finite = all_finite(x, n);
+  const float scale = most / 127.0f, magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to even
+  if (!finite || scale < 1.17549435e-38f) {                // a token of denormal numbers counts as zero
     memset(q, 0, n);
     return finite ? 0.0f : __builtin_nanf("");
   }
-  const float scale = most / 127.0f, magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to even
-  if (scale < 1.17549435e-38f) {  // a token of denormal numbers counts as zero
-    memset(q, 0, n);
-    return 0.0f;
-  }
   // a division, because a product could be fused with the addition on some machines and round elsewhere
-  for (int64_t i = 0; i < n; ++i) q[i] = (int8_t)(int32_t)((x[i] / scale + magic) - magic);
+  for (i = 0; i + LANES <= n; i += LANES) {
+    const vi whole = __builtin_convertvector((load(x + i) / scale + magic) - magic, vi);
+    for (int l = 0; l < LANES; ++l) q[i + l] = (int8_t)whole[l];
+  }
+  for (; i < n; ++i) q[i] = (int8_t)(int32_t)((x[i] / scale + magic) - magic);
   return scale;
+}
+
+void ternary_write(const void* sums, bool integer, int64_t n, const float* alpha, int64_t alpha_stride, float scale, float* line,
+                   void* out, int64_t stride, DType dtype) {
+  const float* f = static_cast<const float*>(sums);
+  const int32_t* whole = static_cast<const int32_t*>(sums);
+  if (integer) {
+    for (int64_t i = 0; i < n; ++i) line[i] = (float)whole[i];
+    f = line;
+  }
+  if (alpha_stride) {
+    for (int64_t i = 0; i < n; ++i) line[i] = f[i] * (alpha[i] * scale);
+  } else {
+    const float both = *alpha * scale;
+    for (int64_t i = 0; i < n; ++i) line[i] = f[i] * both;
+  }
+  write_row(line, (int)n, out, stride, dtype);
 }
 
 static inline int32_t total_of(const int8_t* q, int64_t n) {
@@ -225,7 +252,7 @@ static inline void bytes(const TernaryTask& t, int64_t block, int64_t token) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       z[r] = _mm512_loadu_si512(codes + (r * t.groups + g) * 16);
-      _mm_prefetch(reinterpret_cast<const char*>(codes + (r * t.groups + g + 32) * 16), _MM_HINT_T0);
+      _mm_prefetch(ahead<R>(codes, t.groups, r, g), _MM_HINT_T0);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -302,11 +329,11 @@ void ternary_few_int8(const TernaryTask& t) {
 
 bool ternary_tiles() { return true; }
 int64_t ternary_few_tokens() { return 4; }
-int64_t ternary_many_blocks() { return 2; }
+int64_t ternary_many_blocks() { return 16; }
 
-constexpr int STEPS = 16;  // tiles of decoded weights, a row block, that stay in the cache
+constexpr int STEPS = 16;  // tiles of decoded weights, a row block: two blocks stay in the first cache, all of them in the second
 
-int64_t ternary_scratch_floats() { return 2 * STEPS * 256; }
+int64_t ternary_scratch_floats() { return 16 * STEPS * 256; }
 
 static inline void set_tiles() {
   struct alignas(64) {
@@ -324,25 +351,22 @@ static inline void set_tiles() {
 // 16 rows of fp32 as bf16 terms that sum to them: by truncation, so that three terms of 8 bits are all 24. Channels are in the
 // order of pairs; tiles [step of 32 channels][part][16 rows][32].
 void ternary_split(const float* x, int64_t stride, int64_t rows, int64_t groups, int64_t parts, uint16_t* out) {
-  memset(out, 0, sizeof(uint16_t) * up(groups, 2) * 16 * 16 * parts);
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  const __m512i upper = _mm512_set1_epi32((int)0xffff0000u), quiet = _mm512_set1_epi32(0x00400000);
+  if (rows < 16 || groups % 2) memset(out, 0, sizeof(uint16_t) * up(groups, 2) * 16 * 16 * parts);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t g = 0; g < groups; ++g) {
       uint16_t* to = out + (g / 2 * parts) * 512 + r * 32 + (g & 1) * 16;
-      for (int j = 0; j < 8; ++j)
-        for (int half = 0; half < 2; ++half) {
-          float y = x[r * stride + g * 16 + pair_column(j) + 4 * half];
-          if (y - y != 0.0f) {
-            to[2 * j + half] = to_bf16(y);
-            continue;
-          }
-          for (int64_t p = 0; p < parts; ++p) {
-            uint32_t bits;
-            memcpy(&bits, &y, 4);
-            const uint16_t top = (uint16_t)(bits >> 16);
-            to[p * 512 + 2 * j + half] = top;
-            y -= from_bf16(top);
-          }
-        }
+      __m512 y = _mm512_permutexvar_ps(order, _mm512_loadu_ps(x + r * stride + g * 16));
+      const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_sub_ps(y, y), _mm512_setzero_ps(), _CMP_EQ_OQ);
+      // a NaN keeps a bit where truncation would leave an infinity
+      const __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
+      y = _mm512_castsi512_ps(_mm512_mask_or_epi32(_mm512_castps_si512(y), nan, _mm512_castps_si512(y), quiet));
+      for (int64_t p = 0; p < parts; ++p) {
+        const __m512i top = _mm512_and_si512(_mm512_castps_si512(y), upper);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + p * 512), _mm512_cvtepi32_epi16(_mm512_srli_epi32(top, 16)));
+        y = _mm512_maskz_sub_ps(finite, y, _mm512_castsi512_ps(top));
+      }
     }
 }
 
@@ -436,15 +460,16 @@ static inline void tiles(const TernaryTask& t) {
       else
         decode_bf16(t.codes + b * t.groups * 16, t.groups, first, n, reinterpret_cast<uint16_t*>(w) + b * STEPS * 512);
     }
-    for (int64_t token = 0; token < t.tokens; token += 32) {
-      const char* from = x + token / 16 * x_block + first * t.parts * 1024;
-      void* to = sums + token * bytes;
-      const bool tall = token + 16 < t.tokens, wide = t.blocks > 1;
-      if (tall && wide) multiply<2, 2, Integer>(from, x_block, t.parts, w, STEPS * 1024, n, to, bytes, first == 0);
-      if (tall && !wide) multiply<2, 1, Integer>(from, x_block, t.parts, w, STEPS * 1024, n, to, bytes, first == 0);
-      if (!tall && wide) multiply<1, 2, Integer>(from, x_block, t.parts, w, STEPS * 1024, n, to, bytes, first == 0);
-      if (!tall && !wide) multiply<1, 1, Integer>(from, x_block, t.parts, w, STEPS * 1024, n, to, bytes, first == 0);
-    }
+    for (int64_t b = 0; b < t.blocks; b += 2)
+      for (int64_t token = 0; token < t.tokens; token += 32) {
+        const char *from = x + token / 16 * x_block + first * t.parts * 1024, *weights = w + b * STEPS * 1024;
+        void* to = sums + token * bytes + b * 64;
+        const bool tall = token + 16 < t.tokens, wide = b + 1 < t.blocks;
+        if (tall && wide) multiply<2, 2, Integer>(from, x_block, t.parts, weights, STEPS * 1024, n, to, bytes, first == 0);
+        if (tall && !wide) multiply<2, 1, Integer>(from, x_block, t.parts, weights, STEPS * 1024, n, to, bytes, first == 0);
+        if (!tall && wide) multiply<1, 2, Integer>(from, x_block, t.parts, weights, STEPS * 1024, n, to, bytes, first == 0);
+        if (!tall && !wide) multiply<1, 1, Integer>(from, x_block, t.parts, weights, STEPS * 1024, n, to, bytes, first == 0);
+      }
   }
   _tile_release();
 }
