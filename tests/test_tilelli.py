@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from sieve_attn import layers, native
 from sieve_attn.layers import LocalPath, StatePath, TilelliBlock, pack_ternary
-from sieve_attn.layers.scan_op import chunked, diagonal_scan
+from sieve_attn.layers.scan_op import chunked, diagonal_scan, diagonal_scan_op
 from sieve_attn.layers.tilelli import PATHS
 
 LEVELS = native.module().levels() if not native.missing() else []
@@ -88,7 +88,7 @@ def test_gradients_of_the_scan(reverse):
 
 def test_the_scan_operator_follows_the_rules():
     x, decay, start = (t.requires_grad_() for t in scan_problem(2, 9, 3))
-    torch.library.opcheck(diagonal_scan, (x, decay, start, False))
+    torch.library.opcheck(diagonal_scan_op, (x, decay, start, False))
 
 
 def test_a_state_that_is_not_finite_stays_in_its_channel():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sieve_attn import native
 from sieve_attn.arrays import torch_ops
+from sieve_attn.layers.ternary_op import watched
 
 CHUNK = 32
 
@@ -29,26 +30,27 @@ def chunked(x: Tensor, decay: Tensor, start: Tensor) -> Tensor:
     return torch.cat(states, 1)[:, :length].contiguous()
 
 
+def _compute(x: Tensor, decay: Tensor, start: Tensor, reverse: bool) -> Tensor:
+    if not x.numel():
+        return torch.empty_like(x)
+    if x.device.type != "cpu" or x.dtype != torch.float32 or native.missing():
+        steps = chunked(x.flip(1) if reverse else x, decay, start)
+        return steps.flip(1) if reverse else steps
+    x, decay, start = (y.contiguous() for y in (x, decay, start))
+    out = torch.empty_like(x)
+    views = (native.view(y) for y in (x, decay, start, out))
+    native.module().diagonal_scan(*views, reverse, native.threads(x))
+    return out
+
+
 @torch.library.custom_op("sieve_attn::diagonal_scan", mutates_args=())
-def diagonal_scan(x: Tensor, decay: Tensor, start: Tensor, reverse: bool) -> Tensor:
-    """``h`` [batch, len, width] for ``x`` of that shape, ``a = decay`` [width] and ``start`` [batch, width], the state before.
-
-    ``reverse`` runs from the last token to the first. All arrays share one dtype.
-    """
+def diagonal_scan_op(x: Tensor, decay: Tensor, start: Tensor, reverse: bool) -> Tensor:
+    """See :func:`diagonal_scan`."""
     with torch_ops.no_grad():
-        if not x.numel():
-            return torch.empty_like(x)
-        if x.device.type != "cpu" or x.dtype != torch.float32 or native.missing():
-            steps = chunked(x.flip(1) if reverse else x, decay, start)
-            return steps.flip(1) if reverse else steps
-        x, decay, start = (y.contiguous() for y in (x, decay, start))
-        out = torch.empty_like(x)
-        views = (native.view(y) for y in (x, decay, start, out))
-        native.module().diagonal_scan(*views, reverse, native.threads(x))
-        return out
+        return _compute(x, decay, start, reverse)
 
 
-@diagonal_scan.register_fake
+@diagonal_scan_op.register_fake
 def _(x, decay, start, reverse):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -68,4 +70,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return pull, (after * before).sum((0, 1)) + (first * start).sum(0), first * decay, None
 
 
-diagonal_scan.register_autograd(_backward, setup_context=_setup)
+diagonal_scan_op.register_autograd(_backward, setup_context=_setup)
+
+
+def diagonal_scan(x: Tensor, decay: Tensor, start: Tensor, reverse: bool = False) -> Tensor:
+    """``h`` [batch, len, width] for ``x`` of that shape, ``a = decay`` [width] and ``start`` [batch, width], the state before.
+
+    ``reverse`` runs from the last token to the first. All arrays share one dtype.
+    """
+    made = diagonal_scan_op if watched(x, decay, start) else _compute
+    return made(x, decay, start, reverse)

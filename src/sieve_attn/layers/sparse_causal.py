@@ -14,8 +14,8 @@ from sieve_attn.layers.ternary import TernaryLinear
 class SparseCausalAttention(nn.Module):
     """``y_i = sum_{j in T_i} softmax_{T_i}(q_i.k_j / sqrt(d_head)) v_j``: ``T_i`` the ``top_k`` largest of ``j <= i``.
 
-    ``q = x W_q``, ``k = x W_k`` of width ``heads * d_head`` and ``v = x W_v`` of width ``d_model``, split over the heads; all three
-    are :class:`~sieve_attn.layers.TernaryLinear`, plain ones with ``quantize=False``. A query attends to itself and what came
+    ``q = x W_q``, ``k = x W_k`` of width ``heads * d_head`` and ``v = x W_v`` of width ``d_model``, split over the heads: three
+    :class:`~sieve_attn.layers.TernaryLinear`, plain with ``quantize=False``. A query attends to itself and what came
     before it, to all of it where that is no more than ``top_k``; the earlier key wins a tie. Exact: see
     :func:`sieve_attn.functional.top_k_attention`.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import Parameter, functional
 
 from sieve_attn import native
 from sieve_attn.arrays import torch_ops
@@ -85,7 +85,13 @@ ternary_linear_op.register_autograd(_backward, setup_context=_setup)
 
 def ternary_linear(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool = False) -> Tensor:
     """The operator, passed by where nobody needs to see it: it costs as much as a small layer."""
-    watched = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
-    if watched or type(x) is not Tensor or _transforms() is not None or _modes():
+    if watched(x):
         return ternary_linear_op(x, codes, alpha, rows, int8)
     return _compute(x, codes, alpha, rows, int8)
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Whether the compiler, autograd, a transform or a tensor of another kind must see an operator."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return True
+    return any(type(x) not in (Tensor, Parameter) for x in tensors) or _transforms() is not None or _modes() > 0
