@@ -53,8 +53,8 @@ class _Path(nn.Module):
 class LocalPath(_Path):
     """``y_t = sum_n w_n * x_(t - kernel_size + 1 + n)``: a ternary depthwise causal convolution.
 
-    Weights [d_model, kernel_size] are rounded as in :class:`~sieve_attn.layers.TernaryLinear`, with one scale. The cache holds the
-    last ``kernel_size - 1`` tokens. One token goes through the same operations as many: steps equal the full call bit for bit.
+    Weights [d_model, kernel_size] are rounded as in :class:`~sieve_attn.layers.TernaryLinear`, with one scale. The cache holds
+    the last ``kernel_size - 1`` tokens. One token goes through the operations of many: steps equal the full call bit for bit.
     """
 
     def __init__(self, d_model: int, kernel_size: int = 5, quantize: bool = True):
