@@ -75,11 +75,15 @@ Attention attention(const View& q, const View& k, const View& v, std::optional<V
 
 void choose_blocks(Attention& a, const View& row_ptr, const View& block_index, std::optional<View> row_mask, int64_t heads,
                    int64_t batch, int64_t q_block, int64_t kv_block, int64_t lead) {
-  // indices come from whoever made the selection: none may point outside of the keys
+  // numbers come from whoever made the selection: none may point outside of the keys
+  if (q_block < 1 || kv_block < 1 || lead < 0 || lead >= q_block || heads < 1 || batch < 1)
+    throw std::invalid_argument("`selection` must have tiles and blocks of at least one position and a lead inside of a tile; got q_block " +
+                                std::to_string(q_block) + ", kv_block " + std::to_string(kv_block) + ", lead " + std::to_string(lead) +
+                                "; build it with Blocks.from_tiles");
   const int64_t tiles = (a.q.shape[2] + lead + q_block - 1) / q_block, blocks = (a.k.shape[2] + kv_block - 1) / kv_block;
   const int64_t *ptr = static_cast<const int64_t*>(row_ptr.data), rows = batch * heads * tiles, entries = block_index.shape[3];
   const int32_t* index = static_cast<const int32_t*>(block_index.data);
-  bool fits = row_ptr.shape[3] == rows + 1 && ptr[0] == 0 && ptr[rows] == entries;
+  bool fits = row_ptr.dtype == I64 && block_index.dtype == I32 && row_ptr.shape[3] == rows + 1 && ptr[0] == 0 && ptr[rows] == entries;
   for (int64_t i = 0; fits && i < rows; ++i) {
     fits = ptr[i] <= ptr[i + 1];
     for (int64_t e = ptr[i]; fits && e < ptr[i + 1]; ++e)
@@ -88,6 +92,10 @@ void choose_blocks(Attention& a, const View& row_ptr, const View& block_index, s
   if (!fits)
     throw std::invalid_argument("`selection` must list the blocks of every tile in increasing order, each below " +
                                 std::to_string(blocks) + "; got indices outside of that; build it with Blocks.from_tiles");
+  if (row_mask && (row_mask->dtype != U8 || row_mask->shape[2] != entries || row_mask->shape[3] != q_block))
+    throw std::invalid_argument("`selection` must have a row_mask of booleans [" + std::to_string(entries) + ", " + std::to_string(q_block) +
+                                "]; got [" + std::to_string(row_mask->shape[2]) + ", " + std::to_string(row_mask->shape[3]) +
+                                "]; build it with Blocks.from_tiles");
   a.choice = Choice{};
   a.choice.row_ptr = static_cast<const int64_t*>(row_ptr.data);
   a.choice.block_index = static_cast<const int32_t*>(block_index.data);

@@ -110,6 +110,12 @@ static inline void score(const TopKTile& x, const int32_t* row, int n) {
     for (int j = 0; j < C; ++j) store(s + j * LANES, acc[r][j]);
     for (int p = 0; p < Q; ++p) {
       uint32_t bits = (uint32_t)(hits >> (p * PANEL)) & 0xffffu;
+      if (p && bits) {  // the panels before have raised the bar
+        const vf raised = splat(x.least[row[r]]);
+        uint32_t still = 0;
+        for (int j = 0; j < PANEL_VECS; ++j) still |= beats<InOrder>(acc[r][p * PANEL_VECS + j], raised) << (j * LANES);
+        bits &= still;
+      }
       if (bits && t.masked[n + p]) bits &= visible_bits(t, n + p, row[r]);
       if (bits) offer(x, row[r], bits, s + p * PANEL, (int64_t)t.panel[n + p] * PANEL);
     }

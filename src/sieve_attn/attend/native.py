@@ -146,7 +146,7 @@ def _prepare(xp: Any, call: Call, selection: Selection) -> tuple[Any, list]:
         prepared.choose_ranges(part.prefix, part.window, part.two_sided)
     else:
         prepared.choose_blocks(
-            held(xp.contiguous(part.row_ptr)), held(xp.contiguous(part.block_index)),
+            held(xp.contiguous(xp.cast(part.row_ptr, xp.int64))), held(xp.contiguous(xp.cast(part.block_index, xp.int32))),
             None if part.row_mask is None else held(xp.contiguous(part.row_mask)),
             heads=part.heads, batch=part.batch, q_block=part.q_block, kv_block=part.kv_block, lead=part.lead,
         )  # fmt: skip
