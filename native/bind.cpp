@@ -9,6 +9,8 @@
 #include <stdexcept>
 
 #include "attend.h"
+#include "gate.h"
+#include "geometry.h"
 #include "kernels.h"
 #include "level.h"
 #include "rows.h"
@@ -47,6 +49,15 @@ const T* pointer(const std::optional<View>& v) {
   return v ? static_cast<const T*>(v->data) : nullptr;
 }
 
+// [batch, kv_len] came with its axes last
+View first_and_last(const std::optional<View>& v) {
+  if (!v) return absent;
+  View moved = *v;
+  moved.shape[0] = v->shape[2];
+  moved.stride[0] = v->stride[2];
+  return moved;
+}
+
 Attention attention(const View& q, const View& k, const View& v, std::optional<View> mask, std::optional<View> bias,
                     std::optional<View> key_mask, std::optional<View> sink, std::optional<View> edges, bool causal,
                     std::optional<int64_t> window, float scale, std::optional<float> softcap, int threads) {
@@ -56,11 +67,7 @@ Attention attention(const View& q, const View& k, const View& v, std::optional<V
   a.v = v;
   a.mask = mask.value_or(absent);
   a.bias = bias.value_or(absent);
-  a.key_mask = key_mask.value_or(absent);
-  if (key_mask) {  // [batch, kv_len] came with its axes last
-    a.key_mask.shape[0] = key_mask->shape[2];
-    a.key_mask.stride[0] = key_mask->stride[2];
-  }
+  a.key_mask = first_and_last(key_mask);
   a.sink = pointer<float>(sink);
   a.edges = pointer<int64_t>(edges);
   a.edge_count = edges ? edges->shape[3] : 0;
@@ -125,6 +132,96 @@ RowChoice row_choice(const Attention& a, std::optional<View> index, const std::v
   c.two_sided = two_sided;
   check_rows(a, c);
   return c;
+}
+
+template <class T>
+T* writable(const std::optional<View>& v) {
+  return v ? static_cast<T*>(v->data) : nullptr;
+}
+
+void geometry(const View& key, std::optional<View> key_mask, int64_t block_size, int bits, bool scale_is_given, int threads,
+              const View& count, const View& finite, const View& mean, const View& key_norm, std::optional<View> radius,
+              std::optional<View> low, std::optional<View> high, std::optional<View> planes, std::optional<View> scale,
+              std::optional<View> error, std::optional<View> metric_error, std::optional<View> channel_scale,
+              std::optional<View> spectral, std::optional<View> metric_spectral) {
+  GeometryTask t{};
+  t.key = key;
+  t.key_mask = first_and_last(key_mask);
+  t.block_size = block_size;
+  t.bits = bits;
+  t.scale_is_given = scale_is_given;
+  t.threads = threads;
+  t.count = static_cast<int32_t*>(count.data);
+  t.finite = static_cast<uint8_t*>(finite.data);
+  t.mean = static_cast<float*>(mean.data);
+  t.key_norm = static_cast<float*>(key_norm.data);
+  t.radius = writable<float>(radius);
+  t.low = writable<float>(low);
+  t.high = writable<float>(high);
+  t.planes = writable<uint8_t>(planes);
+  t.scale = writable<uint16_t>(scale);
+  t.error = writable<uint16_t>(error);
+  t.metric_error = writable<uint16_t>(metric_error);
+  t.channel_scale = writable<float>(channel_scale);
+  t.spectral = writable<float>(spectral);
+  t.metric_spectral = writable<float>(metric_spectral);
+  build_geometry(t);
+}
+
+Gated choose_prefill(const View& q, const View& key, std::optional<View> key_mask, std::optional<View> edges, bool causal,
+             std::optional<int64_t> window, float scale, std::optional<float> softcap, int scoring, int bits, int sketch_bits,
+             bool round_queries, std::optional<View> planes, std::optional<View> key_scale, std::optional<View> channel_scale,
+             std::optional<View> mean, std::optional<View> radius, const View& count, const View& finite, int rule, double level,
+             int64_t blocks, int64_t block_size, int64_t query_tile, int64_t stride, int64_t heads, int64_t sinks, int64_t near,
+             double dense_above, int threads) {
+  GateTask t{};
+  t.q = q;
+  t.key = key;
+  t.key_mask = first_and_last(key_mask);
+  t.edges = pointer<int64_t>(edges);
+  t.edge_count = edges ? edges->shape[3] : 0;
+  t.causal = causal;
+  t.window = window.value_or(-1);
+  t.scale = scale;
+  t.softcap = softcap.value_or(0.0f);
+  t.scoring = static_cast<Scoring>(scoring);
+  t.bits = bits;
+  t.sketch_bits = sketch_bits;
+  t.round_queries = round_queries;
+  t.planes = planes.value_or(absent);
+  t.key_scale = key_scale.value_or(absent);
+  t.channel_scale = channel_scale.value_or(absent);
+  t.mean = mean.value_or(absent);
+  t.radius = radius.value_or(absent);
+  t.count = count;
+  t.finite = finite;
+  t.rule = static_cast<Rule>(rule);
+  t.level = level;
+  t.blocks = blocks;
+  t.block_size = block_size;
+  t.query_tile = query_tile;
+  t.stride = stride;
+  t.heads = heads;
+  t.sinks = sinks;
+  t.near = near;
+  t.dense_above = dense_above;
+  t.threads = threads;
+  return gate(t);
+}
+
+// Writes what was kept as compressed rows; each array contiguous.
+void read_gated(const Gated& g, const View& row_ptr, const View& block_index, const View& kept, const View& visible,
+                const View& dense) {
+  int64_t* ptr = static_cast<int64_t*>(row_ptr.data);
+  int32_t* index = static_cast<int32_t*>(block_index.data);
+  ptr[0] = 0;
+  for (size_t i = 0; i < g.list.size(); ++i) {
+    std::copy(g.list[i].begin(), g.list[i].end(), index + ptr[i]);
+    ptr[i + 1] = ptr[i] + static_cast<int64_t>(g.list[i].size());
+  }
+  std::copy(g.kept.begin(), g.kept.end(), static_cast<int64_t*>(kept.data));
+  std::copy(g.visible.begin(), g.visible.end(), static_cast<int64_t*>(visible.data));
+  std::copy(g.dense.begin(), g.dense.end(), static_cast<uint8_t*>(dense.data));
 }
 
 }  // namespace
@@ -200,6 +297,16 @@ NB_MODULE(_native, m) {
           diagonal_scan(x, static_cast<const float*>(a.data), static_cast<const float*>(start.data), out, reverse, threads);
         },
         "x"_a, "a"_a, "start"_a, "out"_a, "reverse"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("geometry", &geometry, "key"_a, "key_mask"_a.none(), "block_size"_a, "bits"_a, "scale_is_given"_a, "threads"_a, "count"_a,
+        "finite"_a, "mean"_a, "key_norm"_a, "radius"_a.none(), "low"_a.none(), "high"_a.none(), "planes"_a.none(),
+        "scale"_a.none(), "error"_a.none(), "metric_error"_a.none(), "channel_scale"_a.none(), "spectral"_a.none(),
+        "metric_spectral"_a.none(), nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<Gated>(m, "Gated").def_ro("entries", &Gated::entries).def_ro("tiles", &Gated::tiles).def("read", &read_gated);
+  m.def("select", &choose_prefill, "q"_a, "key"_a, "key_mask"_a.none(), "edges"_a.none(), "causal"_a, "window"_a.none(), "scale"_a,
+        "softcap"_a.none(), "scoring"_a, "bits"_a, "sketch_bits"_a, "round_queries"_a, "planes"_a.none(), "key_scale"_a.none(),
+        "channel_scale"_a.none(), "mean"_a.none(), "radius"_a.none(), "count"_a, "finite"_a, "rule"_a, "level"_a, "blocks"_a,
+        "block_size"_a, "query_tile"_a, "stride"_a, "heads"_a, "sinks"_a, "near"_a, "dense_above"_a, "threads"_a,
+        nb::call_guard<nb::gil_scoped_release>());
   m.def("level", &level);
   m.def("levels", &levels);
   m.def("force_level", &force_level);

@@ -64,6 +64,74 @@ struct RowTask;
 struct TopKTile;     // top_k.h
 struct BlockBounds;
 struct TernaryTask;  // ternary.h
+// A run of key blocks of one head, summarised; null outputs are not computed. Layouts as in types/geometry.py.
+struct KeyRun {
+  const View* key;             // [batch, kv_heads, kv_len, d]
+  int64_t b, h, first, last;   // blocks first..last-1
+  int64_t block_size;
+  const uint8_t* part;         // [kv_len] 0 where a key takes no part, or null
+  int32_t d, bits;             // bits 0: no sketch
+  const float* channel_scale;  // [d]
+  int32_t* count;              // [blocks], all of this head
+  uint8_t* finite;
+  float* mean;                 // [blocks][d]
+  float* key_norm;
+  float* radius;
+  float* low;
+  float* high;
+  uint8_t* planes;             // of this head; the next plane is plane_stride bytes on
+  int64_t plane_stride;
+  uint16_t* scale;             // [kv_len] fp16
+  uint16_t* error;
+  uint16_t* metric_error;
+  float* spectral;
+  float* metric_spectral;
+  float* scratch;              // key_run_scratch floats, 64-byte aligned
+};
+
+constexpr int LANE_ROWS = 16;    // query rows that the gate scores side by side, one a lane
+constexpr float LOWEST = -1e30f; // the estimate of a block that a query sees and of which nothing can be said
+
+// Sixteen query rows and what each sees. Estimates lie [block][16]: a vector holds one block's estimate for every row.
+struct Lanes {
+  int64_t low[LANE_ROWS], high[LANE_ROWS];  // row i sees keys low[i]..high[i]-1
+  int64_t all_low, all_high;                // what every row sees
+  int64_t first, last;                      // blocks to score: those that some row sees
+  int64_t kv_len, block_size;
+  const uint8_t* part;                      // [kv_len] 0 where a key is masked, or null
+  const int32_t* part_before;               // [kv_len + 1] how many keys before this one take part, or null
+};
+
+// Estimates of blocks from their keys: log2 sum 2^(factor * step_j * (row_j . q)), capped where asked.
+struct KeyScore {
+  Lanes lanes;
+  const int8_t* codes;     // [kv_len up to 16][wide] twice the level (less one where bits are 8), or null: keys themselves
+  bool eight_bits;
+  const View* key;         // read where codes is null
+  int64_t b, h;
+  const float* step;       // [kv_len up to 16] scale of each key; null: 1
+  const float* shift;      // [kv_len up to 16] -1.5 * 2^23 * step
+  int32_t d, wide;         // wide: d up to a multiple of 64
+  const int8_t* q_codes;   // [wide / 4][16][4], or null where queries are not rounded
+  const float* q;          // [wide][16]
+  const float* factor;     // [16] to base-2 logits
+  float softcap;           // natural logits; 0: none
+  float* out;              // [last - first][16] base-2 logarithms
+  float* scratch;          // key_score_scratch floats
+};
+
+// Estimates of blocks from their means: scale * q.mean (+ reach * radius), capped, (+ addend). Natural logarithms.
+struct BlockScore {
+  Lanes lanes;
+  const float* mean;       // [blocks][d]
+  const float* radius;     // [blocks] or null
+  const float* addend;     // [blocks] or null
+  int32_t d;
+  const float* q;          // [d][16]
+  const float* reach;      // [16] scale * ||q||
+  float scale, softcap;
+  float* out;              // [last - first][16]
+};
 
 struct Kernels {
   bool bf16_tiles;  // whether attend_bf16 exists (AMX)
@@ -121,6 +189,33 @@ struct Kernels {
   // h_t = a * h_(t-1) + x_t over `channels` side by side; steps in elements, negative ones go back in time
   void (*diagonal_scan)(const float* x, int64_t x_step, const float* a, const float* start, float* out, int64_t out_step,
                         int64_t length, int64_t channels);
+
+  // geometry
+  void (*channel_scale)(const View& key, int64_t b, int64_t h, const uint8_t* part, float* out);
+  void (*summarise)(const KeyRun& run);
+  int64_t (*key_run_scratch)(int64_t block_size, int32_t d);
+
+  // gate
+  bool integer_tiles;  // whether rounded queries of the sketch go by integer tiles (AMX)
+  void (*expand_codes)(const uint8_t* planes, int64_t plane_stride, int32_t sketch_bits, int32_t bits, int64_t keys, int32_t d,
+                       int32_t wide, int8_t* out);
+  void (*read_steps)(const uint16_t* scale, int64_t keys, float by, float* step, float* shift);
+  // Query rows [16] as lanes: times `stretch` where given, rounded to integers of at most 127 where asked. `panel` [wide][16] or
+  // null, `codes` [wide / 4][16][4] or null; `step` what one integer stands for (1 if not rounded), NaN where a row is not
+  // finite and stretched; `norm` ||q|| or null.
+  void (*prepare_lanes)(const View& q, int64_t b, const int64_t* head_of, const int64_t* query_of, int32_t rows, const float* stretch,
+                        bool round, int32_t d, int32_t wide, float* panel, int8_t* codes, float* step, float* norm);
+  void (*score_keys)(const KeyScore& s);
+  int64_t (*key_score_scratch)(int64_t block_size, int32_t wide);
+  void (*score_blocks)(const BlockScore& s);
+  // best[i] = max(best[i], the largest share over the lanes); `unit` turns an estimate into a base-2 logarithm
+  void (*largest_share)(const float* estimate, int64_t blocks, float unit, float* best);
+  void (*largest)(const float* estimate, int64_t blocks, float* best);               // best[i] = max(best[i], over the lanes)
+  void (*mark_above)(const float* estimate, int64_t blocks, float margin, uint8_t* marks);  // within margin of the lane's best
+  void (*mark_mass)(const float* estimate, int64_t blocks, float unit, float mass, int32_t lanes, uint8_t* marks,
+                    float* weights);  // weights: blocks * 17 floats
+  // the k-th largest of n numbers, none NaN, 1 <= k <= n
+  float (*kth_largest)(const float* x, int64_t n, int64_t k);
 };
 
 static inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -212,7 +212,7 @@ def test_4_2_per_key_4_3_and_4_4_per_block(bits, query_bits):
     for dtype in (torch.float64, torch.float32):
         call = call_of(clustered, dtype=dtype)
         scorer = scores.KeySketch(bits, query_bits)
-        shape, rows = geometry.build(call.key, 16, scorer.statistics), call.rows(0, call.q_len)
+        shape, rows = geometry.build(call.key, 16, scorer.proof_statistics), call.rows(0, call.q_len)
         truth = call.query.double() @ call.key.double().mT * call.scale
         assert (truth <= scorer.key_upper(rows, shape).double()).all()
         error, spectral = (x.double() for x in scorer._errors(rows, shape))

@@ -49,8 +49,8 @@ def test_presets_run_by_name(name):
 def test_presets_are_just_such_lines():
     ends = Sinks(16) | Window(64)
     assert Dense() == Policy()
-    assert TopBlocks(8) == Policy(KeySketch(4), TopK(8), ends, query_stride=4)
-    assert Adaptive(0.9) == Policy(KeySketch(4), Mass(0.9), ends)
+    assert TopBlocks(8) == Policy(KeySketch(4, query_bits=8), TopK(8), ends, query_stride=4)
+    assert Adaptive(0.9) == Policy(KeySketch(4, query_bits=8), Mass(0.9), ends)
     assert Aether(0.2, 32) == Policy(Euclidean(), Threshold(0.2), block_size=32, query_tile=32)
     assert Quest(9).scorer == Box()
     assert Windowed(3, 4) == Policy(keep=Sinks(3) | Window(4))

@@ -43,6 +43,24 @@ void ternary_few_int8(const TernaryTask& t);
 void ternary_many_int8(const TernaryTask& t);
 void diagonal_scan(const float* x, int64_t x_step, const float* a, const float* start, float* out, int64_t out_step, int64_t length,
                    int64_t channels);
+void channel_scale(const View& key, int64_t b, int64_t h, const uint8_t* part, float* out);
+void summarise(const KeyRun& run);
+int64_t key_run_scratch(int64_t block_size, int32_t d);
+bool integer_tiles();
+void expand_codes(const uint8_t* planes, int64_t plane_stride, int32_t sketch_bits, int32_t bits, int64_t keys, int32_t d,
+                  int32_t wide, int8_t* out);
+void read_steps(const uint16_t* scale, int64_t keys, float by, float* step, float* shift);
+void prepare_lanes(const View& q, int64_t b, const int64_t* head_of, const int64_t* query_of, int32_t rows, const float* stretch,
+                   bool round, int32_t d, int32_t wide, float* panel, int8_t* codes, float* step, float* norm);
+void score_keys(const KeyScore& s);
+int64_t key_score_scratch(int64_t block_size, int32_t wide);
+void score_blocks(const BlockScore& s);
+void largest_share(const float* estimate, int64_t blocks, float unit, float* best);
+void largest(const float* estimate, int64_t blocks, float* best);
+void mark_above(const float* estimate, int64_t blocks, float margin, uint8_t* marks);
+void mark_mass(const float* estimate, int64_t blocks, float unit, float mass, int32_t lanes, uint8_t* marks,
+               float* weights);
+float kth_largest(const float* x, int64_t n, int64_t k);
 
 }  // namespace SIEVE_LEVEL
 }  // namespace sieve

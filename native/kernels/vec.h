@@ -111,10 +111,11 @@ static inline vf exp2_(vf x) {
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
 }
 #else
+// (Just below 2^-126 lie denormal numbers, which cost a hundred times as much: what is masked must not become one on its way.)
 template <int Terms>
 static inline vf exp2_(vf x) {
-  const vi tiny = x < splat(-126.0f);
-  x = splat(-126.0f) > x ? splat(-126.0f) : x;
+  const vi tiny = x < splat(-125.0f);
+  x = splat(-125.0f) > x ? splat(-125.0f) : x;
   const vf n = round_even(x), f = x - n;
   vf p;
   if constexpr (Terms >= 6) {

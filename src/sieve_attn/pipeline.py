@@ -19,6 +19,7 @@ from sieve_attn import geometry as stage_geometry
 from sieve_attn.attend import far_field as far
 from sieve_attn.certify import certify
 from sieve_attn.policies import FAR_FIELD_BOUND, FAR_FIELD_STATISTICS, Policy
+from sieve_attn.selection import native as gate
 from sieve_attn.selection.reference import Tiles, choose
 from sieve_attn.types import Blocks, Call, Certificate, Fallback, Geometry, Ranges, Report, Rows, Scores, Selection, Statistics
 
@@ -88,7 +89,7 @@ def attention(
     seconds, clock = {}, perf_counter()
     fallbacks: tuple[Fallback, ...] = ()
     geometry_from = "given" if geometry is not None else "keys"
-    counts = None
+    counts, selected_by = None, ""
     expands = policy.far_field and (selection is not None or call.kv_len >= policy.min_seq_length)
 
     if selection is None and call.kv_len < policy.min_seq_length:
@@ -99,11 +100,14 @@ def attention(
         selection = _everything(call)
     elif selection is None:
         if geometry is None:
-            geometry = stage_geometry.build(key, policy.block_size, policy.statistics, value=value, key_mask=key_mask)
+            geometry = stage_geometry.build(
+                key, policy.block_size, policy.statistics, value=value, key_mask=key_mask, backend=backend
+            )
         else:
             checks.geometry_fits(geometry, key, key_mask, policy.block_size, policy.statistics)
         seconds["geometry"], clock = perf_counter() - clock, perf_counter()
-        selection, counts, fallbacks = select(call, geometry, policy, per_query=per_query)
+        selection, counts, fallbacks = select(call, geometry, policy, per_query=per_query, backend=backend)
+        selected_by = selection_backend(call, geometry, policy, per_query, backend)
         seconds["selection"], clock = perf_counter() - clock, perf_counter()
 
     field = None
@@ -122,7 +126,7 @@ def attention(
         results.append(Report(
             policy=repr(policy), backend=name, why_backend=why, bound=repr(policy.certifier), kept=kept, visible=visible,
             requested_sparsity=None if policy.selector is None else policy.selector.requested_sparsity,
-            fallbacks=fallbacks, seconds=seconds, geometry_from=geometry_from, selection=selection,
+            selected_by=selected_by, fallbacks=fallbacks, seconds=seconds, geometry_from=geometry_from, selection=selection,
             certify=lambda: certificate(call, selection, policy, output, lse, geometry, field, name),
         ))  # fmt: skip
     return results[0] if len(results) == 1 else tuple(results)
@@ -160,8 +164,39 @@ def attend(
     return _attend(call, selection, dispatch.choose(backend, _request(call, DENSE, selection))[0], None)
 
 
-def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = False):
-    """Stages 2 and 3, chunk by chunk: ``(selection, (kept, visible) key counts [batch, heads, tiles], fallbacks)``."""
+def selection_backend(call: Call, geometry: Geometry, policy: Policy, per_query: bool, backend: str) -> str:
+    """``native`` where kernels choose for this call, else ``reference``; the reference alone knows every policy."""
+    declined = backend == "reference" or gate.why_not(call, geometry, policy, per_query)
+    return "reference" if declined else "native"
+
+
+def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = False, backend: str = "auto"):
+    """Stages 2 and 3: ``(selection, (kept, visible) key counts [batch, heads, tiles], fallbacks)``.
+
+    ``backend="reference"`` goes chunk by chunk through array operations; others take kernels where kernels know the policy.
+    """
+    if selection_backend(call, geometry, policy, per_query, backend) == "native":
+        selection, counts, dense = gate.select(call, geometry, policy)
+    else:
+        selection, counts, dense = _select(call, geometry, policy, per_query)
+    return selection, counts, _fallbacks(policy, *counts, dense)
+
+
+def _fallbacks(policy: Policy, kept: Array, visible: Array, dense: Array) -> tuple[Fallback, ...]:
+    """Where the policy turned dense on its own."""
+    if not policy.selector.may_turn_dense:
+        return ()
+    turned = int(dense.sum())
+    reason = f"{type(policy.selector).__name__} would keep more than dense_above={policy.dense_above} of a tile"
+    fallbacks = (Fallback(reason, turned),) if turned else ()
+    whole = int(((kept == visible) & (visible > 0)).sum()) - turned
+    if policy.selector.needs_brackets and whole:
+        fallbacks += (Fallback("the proof needed every visible block of a tile", whole),)
+    return fallbacks
+
+
+def _select(call: Call, geometry: Geometry, policy: Policy, per_query: bool):
+    """The reference: ``(selection, (kept, visible), tiles that turned dense)``, chunk by chunk."""
     xp = arrays.namespace(call.query)
     if policy.selector.needs_brackets:
         # a proof made of rounded products would be none
@@ -203,15 +238,7 @@ def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = 
         kv_block=policy.block_size,
         lead=call.lead(policy.query_tile),
     )
-    fallbacks = ()
-    if policy.selector.may_turn_dense:
-        turned = int(joined["dense_tiles"].sum())
-        reason = f"{type(policy.selector).__name__} would keep more than dense_above={policy.dense_above} of a tile"
-        fallbacks = (Fallback(reason, turned),) if turned else ()
-        whole = int(((joined["kept"] == joined["visible"]) & (joined["visible"] > 0)).sum()) - turned
-        if policy.selector.needs_brackets and whole:
-            fallbacks += (Fallback("the proof needed every visible block of a tile", whole),)
-    return Selection((blocks,)), (joined["kept"], joined["visible"]), fallbacks
+    return Selection((blocks,)), (joined["kept"], joined["visible"]), joined["dense_tiles"]
 
 
 def _score(call: Call, policy: Policy, rows: Rows, front: Geometry, start: int, tiles: Tiles | None) -> Scores:
@@ -238,7 +265,7 @@ def certificate(
 ) -> Certificate:
     """Stage 5: the certificate of what a call dropped, by the policy's bound, with value statistics for the output error."""
     xp = arrays.namespace(call.query)
-    asked = policy.certifier.statistics | Statistics(value=True)
+    asked = policy.certifier.proof_statistics | Statistics(value=True)
     if field is not None:
         asked = asked | FAR_FIELD_STATISTICS
     if geometry is None or not geometry.has(asked):

@@ -81,7 +81,9 @@ class Policy:
     @cached_property
     def statistics(self) -> Statistics:
         """What the geometry must hold to select."""
-        asked = Statistics() if self.scorer is None else self.scorer.statistics
+        asked = Statistics()
+        if self.scorer is not None:
+            asked = self.scorer.proof_statistics if self.selector.needs_brackets else self.scorer.statistics
         return asked | FAR_FIELD_STATISTICS if self.far_field else asked
 
     @cached_property
@@ -89,7 +91,7 @@ class Policy:
         """The bound that certifies what this policy drops."""
         if self.bound is not None:
             return self.bound
-        return self.scorer if isinstance(self.scorer, Bound) else KeySketch(bits=8)
+        return self.scorer.prover if isinstance(self.scorer, Bound) else KeySketch(bits=8)
 
 
 FAR_FIELD_BOUND = Bennett()
@@ -137,7 +139,7 @@ def Quest(blocks: int = 64, block_size: int = 16) -> Policy:
 
 def TopBlocks(k: int = 64, *, bits: int = 4, sinks: int = 16, window: int = 64, query_stride: int = 4) -> Policy:
     """The ``k`` blocks of 16 keys that matter most by a ``bits``-bit copy of the keys, plus sinks and a window (in tokens)."""
-    return Policy(KeySketch(bits), TopK(k), _ends(sinks, window), query_stride=query_stride)
+    return Policy(KeySketch(bits, query_bits=8), TopK(k), _ends(sinks, window), query_stride=query_stride)
 
 
 def Adaptive(
@@ -147,7 +149,7 @@ def Adaptive(
 
     ``query_stride=4`` looks at every 4th query of a tile (and the last) only: cheaper, and the others are promised nothing.
     """
-    return Policy(KeySketch(bits), Mass(mass), _ends(sinks, window), query_stride=query_stride, dense_above=dense_above)
+    return Policy(KeySketch(bits, query_bits=8), Mass(mass), _ends(sinks, window), query_stride=query_stride, dense_above=dense_above)
 
 
 def Certified(error: float = 0.02, *, bits: int = 8, sinks: int = 16, window: int = 64, dense_above: float = 1.0) -> Policy:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sieve_attn import arrays
 from sieve_attn.checks import error
-from sieve_attn.geometry.reference import build
+from sieve_attn.geometry.build import build
 from sieve_attn.geometry.sketch import CALIBRATION
 from sieve_attn.types import Geometry, Sketch
 
@@ -82,7 +82,7 @@ def map_arrays(geometry: Geometry, change: Any, blocks: int, keys: int, kv_len: 
     if geometry.sketch is not None:
         s = geometry.sketch
         new_sketch = {f: change(getattr(s, f), axis, keys) for f, axis in SKETCH_PER_KEY.items()}
-        new_sketch |= {f: change(getattr(s, f), 2, blocks) for f in SKETCH_PER_BLOCK}
+        new_sketch |= {f: change(getattr(s, f), 2, blocks) for f in SKETCH_PER_BLOCK if getattr(s, f) is not None}
         new["sketch"] = replace(s, **new_sketch)
     return replace(geometry, kv_len=kv_len, **new)
 
@@ -95,7 +95,8 @@ def join(xp: Any, front: Geometry, rest: Geometry, sealed: int, kv_len: int) -> 
     if front.sketch is not None:
         a, b, keys = front.sketch, rest.sketch, sealed * front.block_size
         both = {f: xp.concat([head(getattr(a, f), axis, keys), getattr(b, f)], axis) for f, axis in SKETCH_PER_KEY.items()}
-        both |= {f: xp.concat([getattr(a, f)[:, :, :sealed], getattr(b, f)], 2) for f in SKETCH_PER_BLOCK}
+        per_block = [f for f in SKETCH_PER_BLOCK if getattr(a, f) is not None]
+        both |= {f: xp.concat([getattr(a, f)[:, :, :sealed], getattr(b, f)], 2) for f in per_block}
         new["sketch"] = replace(a, **both)
     return replace(front, kv_len=kv_len, **new)
 
@@ -105,6 +106,7 @@ def reorder(geometry: Geometry, index: Array) -> Geometry:
     new = {f: getattr(geometry, f)[index] for f in PER_BLOCK if getattr(geometry, f) is not None}
     if geometry.sketch is not None:
         s = geometry.sketch
-        picked = {f.name: getattr(s, f.name)[index] for f in fields(Sketch) if f.name not in ("bits", "planes")}
+        kept = [f.name for f in fields(Sketch) if f.name not in ("bits", "planes") and getattr(s, f.name) is not None]
+        picked = {name: getattr(s, name)[index] for name in kept}
         new["sketch"] = replace(s, planes=s.planes[:, index], **picked)
     return replace(geometry, **new)

@@ -6,7 +6,7 @@ from typing import Any
 
 from sieve_attn import arrays
 from sieve_attn.bounds import UNIT, largest_eigenvalue
-from sieve_attn.checks import error, positive_int
+from sieve_attn.checks import error
 from sieve_attn.geometry.sketch import build_sketch
 from sieve_attn.types import Geometry, Statistics
 
@@ -15,30 +15,15 @@ Array = Any
 
 def build(
     key: Array,
-    block_size: int = 16,
-    statistics: Statistics | None = None,
+    block_size: int,
+    asked: Statistics,
     *,
     value: Array | None = None,
     key_mask: Array | None = None,
     channel_scale: Array | None = None,
 ) -> Geometry:
-    """Summarise ``key`` [batch, kv_heads, kv_len, dim] in blocks of ``block_size`` keys.
-
-    ``statistics`` says what to keep beside count, mean and largest norm; ``value`` is needed for value statistics.
-    ``key_mask`` [batch, kv_len] leaves keys out. Non-finite keys mark their block ``finite=False`` and enter nothing.
-    ``channel_scale`` fixes the sketch's channel scale (when a sequence goes on); by default the first keys set it.
-    """
+    """What :func:`sieve_attn.geometry.build` promises, in array operations; arguments are checked there."""
     xp = arrays.namespace(key)
-    asked = statistics or Statistics()
-    block_size = positive_int("block_size", block_size, "try 16 or 64")
-    if len(key.shape) != 4 or 0 in tuple(key.shape)[1:]:
-        raise error(
-            "key", "must be a non-empty [batch, kv_heads, kv_len, dim] array", f"shape {tuple(key.shape)}", "add the missing axes"
-        )
-    if asked.value and value is None:
-        raise error("value", "must be given when value statistics are asked for", "None", "pass the values beside the keys")
-    if asked.sketch_bits not in range(9):
-        raise error("sketch_bits", "must lie in 1..8, or 0 for no sketch", asked.sketch_bits, "try 4 to rank or 8 to prove")
     with xp.no_grad():
         return _build(xp, key, block_size, asked, value, key_mask, channel_scale)
 
@@ -98,7 +83,9 @@ def _build(xp, key, block_size, asked, value, key_mask, channel_scale) -> Geomet
         parts["value_radius"] = xp.where(lost, float("inf"), radius)
     if asked.sketch_bits:
         clean = xp.where(valid[..., None], real, 0.0)
-        parts["sketch"] = build_sketch(clean, valid, asked.sketch_bits, block_size, channel_scale, takes_part)
+        parts["sketch"] = build_sketch(
+            clean, valid, asked.sketch_bits, block_size, channel_scale, takes_part, asked.spectral
+        )
     return Geometry(block_size, kv_len, asked, count, finite, mean, key_norm, **parts)
 
 

@@ -98,21 +98,22 @@ def decode(sketch: Sketch, bits: int | None = None, dtype: Any = None) -> Float[
     return (codes - (2**bits - 1) / 2) * step[..., None] * xp.cast(sketch.channel_scale, dtype)[:, :, None, :]
 
 
-def build_sketch(key: Array, valid: Array, bits: int, block_size: int, scale: Array | None, taking_part: Array) -> Sketch:
+def build_sketch(
+    key: Array, valid: Array, bits: int, block_size: int, scale: Array | None, taking_part: Array, spectral: bool
+) -> Sketch:
     """Sketch ``key`` [batch, kv_heads, kv_len, dim] (finite; ``valid`` marks the keys that take part)."""
     xp = arrays.namespace(key)
     # counted like the blocks, non-finite keys included (they are zeros here), so that appending knows when it is settled
     scale = channel_scale(key, taking_part) if scale is None else scale
     codes, step = quantise(key, xp.cast(scale, key.dtype), bits)
-    blank = xp.zeros((*key.shape[:2], -(-key.shape[2] // block_size)), key.dtype, key)
-    sketch = Sketch(bits, pack(codes, bits), step, step, step, scale, blank, blank)
+    sketch = Sketch(bits, pack(codes, bits), step, step, step, scale)
     error = xp.where(valid[..., None], key - decode(sketch, dtype=key.dtype), 0.0)
     outward = 1.0 + (key.shape[-1] + 16) * UNIT
     metric = error / xp.cast(scale, key.dtype)[:, :, None, :]
-    pieces = []
-    for e in (error, metric):
+    # the decoded value itself is rounded: widen by what a unit of its size can hide
+    norms = [xp.half_above(xp.norm(e) * outward) for e in (error, metric)]
+    per_block = []
+    for e in (error, metric) if spectral else ():
         padded = xp.pad_end(e, 2, -e.shape[2] % block_size, 0.0)
-        spectral = largest_eigenvalue(xp, padded.reshape(*e.shape[:2], -1, block_size, e.shape[-1]))
-        # the decoded value itself is rounded: widen by what a unit of its size can hide
-        pieces += [xp.half_above(xp.norm(e) * outward), spectral * outward]
-    return Sketch(bits, sketch.planes, step, pieces[0], pieces[2], scale, pieces[1], pieces[3])
+        per_block.append(largest_eigenvalue(xp, padded.reshape(*e.shape[:2], -1, block_size, e.shape[-1])) * outward)
+    return Sketch(bits, sketch.planes, step, *norms, scale, *per_block)

@@ -58,6 +58,16 @@ class Heuristic(Scorer):
 class Bound(Scorer):
     """Ranks and proves: ``brackets`` holds for every block, query and input, rounding included."""
 
+    @property
+    def proof_statistics(self) -> Statistics:
+        """What the geometry should hold to prove: more than ranking needs, where that makes brackets tighter."""
+        return self.statistics
+
+    @property
+    def prover(self) -> Bound:
+        """The bound that certifies where this one ranks: itself, less what only makes ranking cheap."""
+        return self
+
     def brackets(self, rows: Rows, geometry: Geometry) -> tuple[Array, Array]:
         """``(upper, lower)`` log mass of the visible keys of each block, [batch, q_heads, rows, blocks]."""
         raise TypeError(f"{type(self).__name__} must define `brackets`")

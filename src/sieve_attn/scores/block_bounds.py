@@ -172,6 +172,13 @@ class Tightest(Bound):
             asked = asked | bound.statistics
         return asked
 
+    @property
+    def proof_statistics(self) -> Statistics:
+        asked = Statistics()
+        for bound in self.bounds:
+            asked = asked | bound.proof_statistics
+        return asked
+
     def estimate(self, rows: Rows, geometry: Geometry) -> Array:
         return self.bounds[0].estimate(rows, geometry)
 

@@ -72,6 +72,14 @@ class KeySketch(Bound):
     def statistics(self) -> Statistics:
         return Statistics(sketch_bits=self.bits)
 
+    @property
+    def proof_statistics(self) -> Statistics:
+        return Statistics(sketch_bits=self.bits, spectral=True)
+
+    @property
+    def prover(self) -> Bound:
+        return KeySketch(self.bits)  # a proof need not pay for the rounding of queries
+
     def _query(self, rows: Rows, geometry: Geometry) -> tuple[Array, Array | None]:
         """The query as scored, and ``||(q - q^) a||`` where it was rounded."""
         if self.query_bits is None:
@@ -103,8 +111,11 @@ class KeySketch(Bound):
             return estimate
         return xp.where(early[..., None], exact_block_mass(rows, geometry.block_size), estimate)
 
-    def _errors(self, rows: Rows, geometry: Geometry) -> tuple[Array, Array]:
-        """``E_j`` [batch, q_heads, rows, kv_len] and the spectral ``T`` [batch, q_heads, rows, blocks], in logit units."""
+    def _errors(self, rows: Rows, geometry: Geometry) -> tuple[Array, Array | None]:
+        """``E_j`` [batch, q_heads, rows, kv_len] and the spectral ``T`` [batch, q_heads, rows, blocks], in logit units.
+
+        ``T`` is None where the sketch was built without its spectral numbers.
+        """
         xp = arrays.namespace(rows.query)
         sketch, dtype = geometry.sketch, rows.query.dtype
         stretched = xp.norm(rows.query * per_query_head(sketch.channel_scale, rows)[:, :, None, :])[..., None] * (1.0 + 2.0**-16)
@@ -116,13 +127,16 @@ class KeySketch(Bound):
             return rows.scale * xp.minimum(plain * a, stretched * b)
 
         key_error = tighter(sketch.error, sketch.metric_error)
-        spectral = tighter(xp.sqrt(sketch.spectral), xp.sqrt(sketch.metric_spectral))
+        spectral = None
+        if sketch.spectral is not None:
+            spectral = tighter(xp.sqrt(sketch.spectral), xp.sqrt(sketch.metric_spectral))
         _, rounded = self._query(rows, geometry)
         if rounded is not None:
             metric = xp.norm(decoded_keys(rows, geometry, sketch.bits) / sketch.channel_scale[:, :, None, :]) * (1.0 + 2.0**-12)
             extra = rows.scale * rounded * per_query_head(metric, rows)[:, :, None, :]
             key_error = key_error + extra
-            spectral = spectral + xp.sqrt((split_blocks(extra, geometry.block_size, 0.0) ** 2).sum(-1))
+            if spectral is not None:
+                spectral = spectral + xp.sqrt((split_blocks(extra, geometry.block_size, 0.0) ** 2).sum(-1))
         return key_error, spectral
 
     def _margin(self, rows: Rows, geometry: Geometry) -> Array:
@@ -147,7 +161,9 @@ class KeySketch(Bound):
 
         if cap is None:
             w, e = weights(logits), split_blocks(key_error, size, 0.0)
-            upper, lower = sketch_upper(xp, w, e, spectral), sketch_lower(xp, w, e, spectral)
+            known = spectral is not None
+            upper = sketch_upper(xp, w, e, spectral, use_spectral=known)
+            lower = sketch_lower(xp, w, e, spectral, use_spectral=known)
         else:
             upper = xp.logsumexp(weights(soft_cap(xp, logits + key_error, cap)), -1)
             lower = xp.logsumexp(weights(soft_cap(xp, logits - key_error, cap)), -1)

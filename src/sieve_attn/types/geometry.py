@@ -19,6 +19,7 @@ class Statistics:
     value: bool = False
     sub_means: int = 0
     sketch_bits: int = 0
+    spectral: bool = False  # the sketch's spectral numbers: only proofs read them, and they cost more than the sketch
 
     def __or__(self, other: Statistics) -> Statistics:
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
@@ -31,7 +32,8 @@ class Sketch:
 
     The codes lie in bit planes, most significant first, so that the first ``p`` planes are themselves a ``p``-bit sketch.
     ``error`` and ``metric_error`` bound ``||k_j - k^_j||`` and ``||(k_j - k^_j) / a||`` (``a`` the channel scale);
-    ``spectral`` and ``metric_spectral`` bound the squared spectral norms of a block's error rows. All four round outward.
+    ``spectral`` and ``metric_spectral``, where asked for, bound the squared spectral norms of a block's error rows. All four
+    round outward.
     """
 
     bits: int
@@ -40,8 +42,8 @@ class Sketch:
     error: Array  # [batch, kv_heads, kv_len] fp16
     metric_error: Array  # [batch, kv_heads, kv_len] fp16
     channel_scale: Array  # [batch, kv_heads, dim] fp32
-    spectral: Array  # [batch, kv_heads, blocks] fp32
-    metric_spectral: Array  # [batch, kv_heads, blocks] fp32
+    spectral: Array | None = None  # [batch, kv_heads, blocks] fp32
+    metric_spectral: Array | None = None  # [batch, kv_heads, blocks] fp32
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Geometry:
     def has(self, asked: Statistics) -> bool:
         """Whether every statistic that ``asked`` names is present (a sketch of more bits serves for fewer)."""
         mine = self.statistics
-        flags = ("radius", "box", "variance", "direction", "value")
+        flags = ("radius", "box", "variance", "direction", "value", "spectral")
         return (
             all(getattr(mine, f) or not getattr(asked, f) for f in flags)
             and asked.sub_means in (0, mine.sub_means)

@@ -47,6 +47,7 @@ class Report:
     bound: str
     kept: Array  # [batch, heads, tiles] kept keys, counted once a (tile, block) pair
     visible: Array  # [batch, heads, tiles] visible keys, likewise
+    selected_by: str = ""  # which code chose the blocks: native or reference; empty if none had to
     requested_sparsity: float | None = None
     fallbacks: tuple[Fallback, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,559 @@
+// Which blocks each tile of queries keeps. What a tile sees is worked out from intervals; only scores touch blocks one by one.
+#include "gate.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "buffer.h"
+#include "kernels.h"
+#include "level.h"
+#include "parallel.h"
+
+namespace sieve {
+
+namespace {
+
+constexpr int64_t CALIBRATION = 64;
+constexpr int64_t EXPANDED_BYTES = int64_t{1} << 28;  // codes of the heads that are held at a time
+constexpr int64_t FRAME_STEP = 64;                    // tiles whose intervals one thread works out at a time
+constexpr int64_t EXPAND_STEP = 4096;                 // keys that one thread expands at a time
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr float LOG2E = 1.44269504088896340736f;
+
+template <class T>
+const T* row_of(const View& x, int64_t b, int64_t h) {
+  return reinterpret_cast<const T*>(at(x, 0, b, h, 0));
+}
+
+// What is the same for all heads of a sequence.
+struct Sequence {
+  std::vector<uint8_t> part;         // empty without a key mask
+  std::vector<int32_t> part_before;  // [kv_len + 1]
+  std::vector<int32_t> there_before; // [blocks + 1] blocks of which some key takes part
+};
+
+// What one tile of queries sees.
+struct Frame {
+  int64_t first, last;             // queries
+  std::vector<int64_t> low, high;  // [last - first]
+  int64_t from, to;                // blocks that some query may see
+  int64_t whole_from, whole_to;    // blocks that every query sees whole
+  std::vector<int64_t> edge, edge_weight;
+  std::vector<int64_t> forced;     // blocks that are kept whatever the scores say
+};
+
+struct Head {
+  const int8_t* codes;
+  const float *step, *shift, *addend;
+  std::vector<int32_t> broken;
+  int64_t calibrated;  // queries before this position may be early, all of them where the sketch is not settled
+  bool settled;
+};
+
+class Gate {
+ public:
+  explicit Gate(const GateTask& t);
+  Gated run();
+
+ private:
+  struct Workspace {
+    std::vector<int64_t> rows;  // looked-at queries, then the same for each head
+    Buffer<float> estimate, other, best, sorted, q, weights, scratch;
+    Buffer<int8_t> q_codes;
+    std::vector<uint8_t> marks;
+  };
+
+  void interval(int64_t query, int64_t& low, int64_t& high) const;
+  void frame(int64_t b, int64_t tile, Frame& f) const;
+  int64_t keys_between(int64_t b, int64_t low, int64_t high) const;
+  int64_t weight(int64_t b, int64_t block) const;
+  bool structurally_sees(int64_t query, int64_t key) const;
+  void force(int64_t b, Frame& f) const;
+  bool early(const Head& head, int64_t query) const;
+  // Estimates of up to 16 (head, query) rows; returns what turns them into base-2 logarithms.
+  float score(int64_t b, int64_t kv, const Head& head, const int64_t* head_of, const int64_t* query_of, int rows, const Frame& f,
+              int64_t& first, int64_t& last, Workspace& w) const;
+  void choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspace& w, Gated& out) const;
+
+  const GateTask& t_;
+  const Kernels& k_;
+  int64_t batch_, q_heads_, kv_heads_, q_len_, kv_len_, d_, blocks_, offset_, lead_, tiles_, group_;
+  int64_t wide_;
+  std::vector<Sequence> sequences_;
+  std::vector<Frame> frames_;  // of the sequence at hand
+};
+
+Gate::Gate(const GateTask& t) : t_(t), k_(kernels()) {
+  batch_ = t.q.shape[0];
+  q_heads_ = t.q.shape[1];
+  q_len_ = t.q.shape[2];
+  d_ = t.q.shape[3];
+  kv_heads_ = t.key.shape[1];
+  kv_len_ = t.key.shape[2];
+  offset_ = kv_len_ - q_len_;
+  blocks_ = (kv_len_ + t.block_size - 1) / t.block_size;
+  lead_ = t.causal ? ((offset_ % t.query_tile) + t.query_tile) % t.query_tile : 0;
+  tiles_ = (q_len_ + lead_ + t.query_tile - 1) / t.query_tile;
+  group_ = q_heads_ / kv_heads_;
+  wide_ = up(d_, 64);
+  sequences_.resize(batch_);
+  if (!t.key_mask.data) return;
+  for (int64_t b = 0; b < batch_; ++b) {
+    Sequence& s = sequences_[b];
+    s.part.resize(kv_len_);
+    s.part_before.assign(kv_len_ + 1, 0);
+    s.there_before.assign(blocks_ + 1, 0);
+    for (int64_t j = 0; j < kv_len_; ++j) {
+      s.part[j] = *at(t.key_mask, b, 0, 0, j) != 0;
+      s.part_before[j + 1] = s.part_before[j] + s.part[j];
+    }
+    for (int64_t n = 0; n < blocks_; ++n) s.there_before[n + 1] = s.there_before[n] + (weight(b, n) > 0);
+  }
+}
+
+// The visible keys of a query are one interval: causality, window and packing each cut one out.
+void Gate::interval(int64_t query, int64_t& low, int64_t& high) const {
+  const int64_t position = offset_ + query;
+  low = 0;
+  high = kv_len_;
+  if (t_.causal) high = std::min(high, position + 1);
+  if (t_.window >= 0) {
+    low = std::max(low, position - t_.window + 1);
+    if (!t_.causal) high = std::min(high, position + t_.window);
+  }
+  if (t_.edges) {
+    const int64_t* end = t_.edges + t_.edge_count;
+    const int64_t* next = std::upper_bound(t_.edges, end, query);
+    low = std::max(low, next == t_.edges ? int64_t{0} : next[-1]);
+    high = std::min(high, next == end ? kv_len_ : *next);
+  }
+  high = std::max(high, low);
+}
+
+int64_t Gate::keys_between(int64_t b, int64_t low, int64_t high) const {
+  if (high <= low) return 0;
+  const Sequence& s = sequences_[b];
+  return s.part.empty() ? high - low : s.part_before[high] - s.part_before[low];
+}
+
+int64_t Gate::weight(int64_t b, int64_t block) const {
+  return keys_between(b, block * t_.block_size, std::min(kv_len_, (block + 1) * t_.block_size));
+}
+
+void Gate::frame(int64_t b, int64_t tile, Frame& f) const {
+  const int64_t size = t_.block_size;
+  f.first = std::max<int64_t>(0, tile * t_.query_tile - lead_);
+  f.last = std::min(q_len_, (tile + 1) * t_.query_tile - lead_);
+  const int64_t n = f.last - f.first;
+  f.low.resize(n);
+  f.high.resize(n);
+  int64_t bottom = kv_len_, top = 0, inner_low = 0, inner_high = kv_len_;
+  for (int64_t i = 0; i < n; ++i) {
+    interval(f.first + i, f.low[i], f.high[i]);
+    inner_low = std::max(inner_low, f.low[i]);
+    inner_high = std::min(inner_high, f.high[i]);
+    if (f.low[i] == f.high[i]) inner_high = 0;
+    else {
+      bottom = std::min(bottom, f.low[i]);
+      top = std::max(top, f.high[i]);
+    }
+  }
+  f.from = bottom < top ? bottom / size : 0;
+  f.to = bottom < top ? (top + size - 1) / size : 0;
+  f.whole_from = std::min(f.to, (inner_low + size - 1) / size);
+  f.whole_to = std::max(f.whole_from, inner_high >= kv_len_ ? blocks_ : inner_high / size);
+  f.edge.clear();
+  f.edge_weight.clear();
+  for (int64_t block = f.from; block < f.to; ++block) {
+    if (block == f.whole_from && f.whole_to > f.whole_from) {
+      block = f.whole_to - 1;
+      continue;
+    }
+    const int64_t start = block * size, end = std::min(kv_len_, start + size);
+    int64_t most = 0;
+    for (int64_t i = 0; i < n; ++i) most = std::max(most, keys_between(b, std::max(start, f.low[i]), std::min(end, f.high[i])));
+    f.edge.push_back(block);
+    f.edge_weight.push_back(most);
+  }
+}
+
+void Gate::force(int64_t b, Frame& f) const {
+  const int64_t size = t_.block_size, n = f.last - f.first;
+  f.forced = f.edge;  // cut for some query
+  int64_t done_from = -1, done_to = -1;
+  auto keep = [&](int64_t i, int64_t from, int64_t to) {  // the blocks that query i sees of keys from..to-1
+    from = std::max(from, f.low[i]);
+    to = std::min(to, f.high[i]);
+    if (from >= to) return;
+    // without masked keys, what is visible of a range is marked once for all queries that see the same blocks of it
+    if (sequences_[b].part.empty() && from / size == done_from && (to - 1) / size == done_to) return;
+    done_from = from / size;
+    done_to = (to - 1) / size;
+    for (int64_t block = from / size; block * size < to; ++block)
+      if (keys_between(b, std::max(block * size, f.low[i]), std::min(std::min(kv_len_, (block + 1) * size), f.high[i])) > 0)
+        f.forced.push_back(block);
+  };
+  if (t_.sinks)
+    for (int64_t i = 0; i < n; ++i) keep(i, 0, std::min(t_.sinks, kv_len_));
+  if (t_.near)
+    for (int64_t i = 0; i < n; ++i) keep(i, offset_ + f.first + i - t_.near + 1, offset_ + f.first + i + t_.near);
+  std::sort(f.forced.begin(), f.forced.end());
+  f.forced.erase(std::unique(f.forced.begin(), f.forced.end()), f.forced.end());
+}
+
+bool Gate::structurally_sees(int64_t query, int64_t key) const {
+  int64_t low, high;
+  interval(query, low, high);
+  return low <= key && key < high;
+}
+
+// The channel scale of the sketch was measured on keys that this query must not know.
+bool Gate::early(const Head& head, int64_t query) const {
+  if (t_.scoring != BY_KEYS) return false;
+  if (!head.settled) return true;
+  return offset_ + query < head.calibrated && !structurally_sees(query, std::min(head.calibrated, kv_len_) - 1);
+}
+
+float Gate::score(int64_t b, int64_t kv, const Head& head, const int64_t* head_of, const int64_t* query_of, int rows, const Frame& f,
+                  int64_t& first, int64_t& last, Workspace& w) const {
+  const Sequence& sequence = sequences_[b];
+  Lanes lanes{};
+  lanes.all_high = kv_len_;
+  int64_t bottom = kv_len_, top = 0;
+  bool is_early[LANE_ROWS] = {}, some_early = false, all_early = true;
+  for (int i = 0; i < LANE_ROWS; ++i) {
+    const int r = std::min(i, rows - 1);  // the last row fills the lanes that are left
+    const int64_t at_row = query_of[r] - f.first;
+    lanes.low[i] = f.low[at_row];
+    lanes.high[i] = f.high[at_row];
+    lanes.all_low = std::max(lanes.all_low, lanes.low[i]);
+    lanes.all_high = std::min(lanes.all_high, lanes.high[i]);
+    if (lanes.low[i] < lanes.high[i]) {
+      bottom = std::min(bottom, lanes.low[i]);
+      top = std::max(top, lanes.high[i]);
+    }
+    is_early[i] = early(head, query_of[r]);
+    some_early |= is_early[i];
+    all_early &= is_early[i];
+  }
+  first = lanes.first = bottom < top ? bottom / t_.block_size : 0;
+  last = lanes.last = bottom < top ? (top + t_.block_size - 1) / t_.block_size : 0;
+  lanes.kv_len = kv_len_;
+  lanes.block_size = t_.block_size;
+  lanes.part = sequence.part.empty() ? nullptr : sequence.part.data();
+  lanes.part_before = sequence.part.empty() ? nullptr : sequence.part_before.data();
+  if (first == last) return 1.0f;
+
+  float* q = w.q.get();
+  const int32_t d = static_cast<int32_t>(d_), wide = static_cast<int32_t>(wide_);
+  float factor[LANE_ROWS], reach[LANE_ROWS];
+  auto plain_queries = [&](float* norm) {
+    k_.prepare_lanes(t_.q, b, head_of, query_of, rows, nullptr, false, d, wide, q, nullptr, factor, norm);
+  };
+  if (t_.scoring != BY_KEYS) {
+    plain_queries(t_.scoring == BY_BALLS ? reach : nullptr);
+    if (t_.scoring == BY_BALLS)
+      for (float& x : reach) x = t_.scale * (x * static_cast<float>(1.0 + static_cast<double>(d_) * 1.1920928955078125e-7));
+    BlockScore s{};
+    s.lanes = lanes;
+    s.mean = row_of<float>(t_.mean, b, kv);
+    s.radius = t_.scoring == BY_BALLS ? row_of<float>(t_.radius, b, kv) : nullptr;
+    s.addend = head.addend;
+    s.d = d;
+    s.q = q;
+    s.reach = reach;
+    s.scale = t_.scale;
+    s.softcap = t_.softcap;
+    s.out = w.estimate.get();
+    k_.score_blocks(s);
+    return LOG2E;
+  }
+  KeyScore s{};
+  s.lanes = lanes;
+  s.key = &t_.key;
+  s.b = b;
+  s.h = kv;
+  s.d = d;
+  s.wide = wide;
+  s.q = q;
+  s.factor = factor;
+  s.softcap = t_.softcap;
+  s.scratch = w.scratch.get();
+  if (!all_early) {
+    const float* a = row_of<float>(t_.channel_scale, b, kv);
+    const bool integers = t_.round_queries && k_.integer_tiles && t_.bits < 8;
+    k_.prepare_lanes(t_.q, b, head_of, query_of, rows, a, t_.round_queries, d, wide, integers ? nullptr : q,
+                     integers ? w.q_codes.get() : nullptr, factor, nullptr);
+    for (float& x : factor) x *= t_.scale * (0.5f * LOG2E);  // codes are twice the levels
+    s.codes = head.codes;
+    s.eight_bits = t_.bits == 8;
+    s.step = head.step;
+    s.shift = head.shift;
+    s.q_codes = integers ? w.q_codes.get() : nullptr;
+    s.out = w.estimate.get();
+    k_.score_keys(s);
+  }
+  if (some_early) {
+    plain_queries(nullptr);
+    for (int i = 0; i < LANE_ROWS; ++i) factor[i] = t_.scale * LOG2E;
+    s.codes = nullptr;
+    s.step = s.shift = nullptr;
+    s.q_codes = nullptr;
+    s.out = all_early ? w.estimate.get() : w.other.get();
+    k_.score_keys(s);
+    if (!all_early)
+      for (int64_t n = 0; n < last - first; ++n)
+        for (int i = 0; i < LANE_ROWS; ++i)
+          if (is_early[i]) w.estimate[n * LANE_ROWS + i] = w.other[n * LANE_ROWS + i];
+  }
+  return 1.0f;
+}
+
+int64_t wanted_blocks(const GateTask& t, int64_t visible) {
+  if (t.rule == KEEP_COUNT) return std::min(visible, t.blocks);
+  const double wanted = static_cast<double>(visible) * (1.0 - t.level), below = std::floor(wanted), rest = wanted - below;
+  const bool odd = below - 2.0 * std::floor(below / 2.0) == 1.0;
+  return std::max<int64_t>(static_cast<int64_t>(below) + (rest > 0.5 || (rest == 0.5 && odd)), 1);
+}
+
+void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspace& w, Gated& out) const {
+  const Frame& f = frames_[tile];
+  const Sequence& sequence = sequences_[b];
+  const int64_t item = (b * t_.heads + h) * tiles_ + tile;
+  const int64_t kv = t_.heads == kv_heads_ ? h : h / group_, heads = t_.heads == kv_heads_ ? group_ : 1;
+  const int64_t first_head = t_.heads == kv_heads_ ? h * group_ : h;
+  uint8_t* marks = w.marks.data();
+  if (f.from < f.to) std::memset(marks + f.from, 0, f.to - f.from);
+
+  int64_t every = 0, seen = 0;  // visible keys and blocks
+  for (int64_t x : f.edge_weight) {
+    every += x;
+    seen += x > 0;
+  }
+  const int64_t whole_end = std::min(kv_len_, f.whole_to * t_.block_size);
+  if (f.whole_to > f.whole_from) {
+    every += keys_between(b, f.whole_from * t_.block_size, whole_end);
+    seen += sequence.part.empty() ? f.whole_to - f.whole_from : sequence.there_before[f.whole_to] - sequence.there_before[f.whole_from];
+  }
+  // blocks of which nothing is visible are unmarked at the end
+  auto unseen = [&](auto&& act) {
+    for (size_t e = 0; e < f.edge.size(); ++e)
+      if (f.edge_weight[e] == 0) act(f.edge[e]);
+    if (!sequence.part.empty())
+      for (int64_t n = f.whole_from; n < f.whole_to; ++n)
+        if (sequence.there_before[n + 1] == sequence.there_before[n]) act(n);
+  };
+  const bool ranks = t_.rule == KEEP_COUNT || t_.rule == KEEP_SHARE;
+  const bool every_query = t_.rule == ABOVE || t_.rule == NEAR_BEST;
+  const int64_t wanted = ranks && seen ? std::min(seen, wanted_blocks(t_, seen)) : 0;
+  const bool all = seen && (ranks ? wanted == seen
+                            : t_.rule == KEEP_MASS ? t_.level == 1.0
+                                                   : t_.rule == ABOVE && t_.level == -INFINITE);
+  auto scored_rows = [&](auto&& looked, auto&& act) {
+    int64_t head_of[LANE_ROWS], query_of[LANE_ROWS];
+    int rows = 0;
+    auto flush = [&] {
+      int64_t first, last;
+      const float unit = score(b, kv, head, head_of, query_of, rows, f, first, last, w);
+      if (first < last) act(first, last, unit, rows, head_of, query_of);
+      rows = 0;
+    };
+    for (int64_t g = first_head; g < first_head + heads; ++g)
+      for (int64_t i = f.first; i < f.last; ++i) {
+        if (!looked(i)) continue;
+        head_of[rows] = g;
+        query_of[rows++] = i;
+        if (rows == LANE_ROWS) flush();
+      }
+    if (rows) flush();
+  };
+
+  if (all) {
+    std::memset(marks + f.from, 1, f.to - f.from);
+  } else if (seen) {
+    float* best = w.best.get();
+    std::fill(best + f.from, best + f.to, -INFINITE);
+    scored_rows(
+        [&](int64_t i) {
+          if (t_.stride == 1 || every_query) return true;
+          const int64_t lane = (i + lead_) % t_.query_tile;
+          return lane % t_.stride == t_.stride - 1 || lane == t_.query_tile - 1 || i == q_len_ - 1;
+        },
+        [&](int64_t first, int64_t last, float unit, int rows, const int64_t*, const int64_t*) {
+          const float* x = w.estimate.get();
+          if (ranks)
+            k_.largest_share(x, last - first, unit, best + first);
+          else if (t_.rule == ABOVE)
+            k_.largest(x, last - first, best + first);
+          else if (t_.rule == NEAR_BEST)
+            k_.mark_above(x, last - first, static_cast<float>(t_.level) * (LOG2E / unit), marks + first);
+          else
+            k_.mark_mass(x, last - first, unit, static_cast<float>(t_.level), rows, marks + first, w.weights.get());
+        });
+    if (t_.rule == ABOVE) {
+      const float unit = t_.scoring == BY_KEYS ? 0.693147180559945309417f : 1.0f, level = static_cast<float>(t_.level);
+      for (int64_t n = f.from; n < f.to; ++n) marks[n] |= best[n] * unit > level;
+    } else if (ranks) {
+      // blocks that only queries between the strides see rank last, before the invisible ones
+      for (int64_t n = f.from; n < f.to; ++n) best[n] = std::max(best[n], LOWEST);
+      unseen([&](int64_t n) { best[n] = -INFINITE; });
+      const float last = k_.kth_largest(best + f.from, f.to - f.from, wanted);
+      int64_t left = wanted;
+      for (int64_t n = f.from; n < f.to; ++n) left -= best[n] > last;
+      for (int64_t n = f.from; n < f.to; ++n)
+        if (best[n] > last || (best[n] == last && left-- > 0)) marks[n] = 1;
+    }
+  }
+  for (int64_t block : f.forced) marks[block] = 1;
+  for (int32_t block : head.broken)
+    if (block >= f.from && block < f.to) marks[block] = 1;
+  unseen([&](int64_t n) { marks[n] = 0; });
+
+  // nobody who sees something is left with nothing
+  bool shared = false;
+  for (int64_t n = f.whole_from; n < f.whole_to && !shared; ++n) shared = marks[n] != 0;
+  if (seen && !shared) {
+    std::vector<uint8_t> forgotten(f.last - f.first, 0);
+    bool any = false;
+    for (int64_t i = 0; i < f.last - f.first; ++i) {
+      if (keys_between(b, f.low[i], f.high[i]) == 0) continue;
+      bool has = false;
+      for (int64_t n = f.low[i] / t_.block_size; !has && n * t_.block_size < f.high[i]; ++n)
+        has = marks[n] && keys_between(b, std::max(n * t_.block_size, f.low[i]),
+                                       std::min(std::min(kv_len_, (n + 1) * t_.block_size), f.high[i])) > 0;
+      forgotten[i] = !has;
+      any |= !has;
+    }
+    if (any)
+      scored_rows([&](int64_t i) { return forgotten[i - f.first] != 0; },
+                  [&](int64_t first, int64_t last, float, int rows, const int64_t*, const int64_t*) {
+                    for (int i = 0; i < rows; ++i) {
+                      int64_t best = first;
+                      for (int64_t n = first; n < last; ++n)
+                        if (w.estimate[(n - first) * LANE_ROWS + i] > w.estimate[(best - first) * LANE_ROWS + i]) best = n;
+                      marks[best] = 1;
+                    }
+                  });
+  }
+
+  int64_t kept = 0;
+  for (size_t e = 0; e < f.edge.size(); ++e)
+    if (marks[f.edge[e]]) kept += f.edge_weight[e];
+  for (int64_t n = f.whole_from; n < f.whole_to; ++n)
+    if (marks[n]) kept += weight(b, n);
+  bool dense = false;
+  if (t_.rule == KEEP_MASS && t_.dense_above < 1.0 &&
+      static_cast<float>(kept) > static_cast<float>(t_.dense_above) * static_cast<float>(every)) {
+    dense = true;
+    kept = every;
+    std::memset(marks + f.from, 1, f.to - f.from);
+    unseen([&](int64_t n) { marks[n] = 0; });
+  }
+  out.kept[item] = kept;
+  out.visible[item] = every;
+  out.dense[item] = dense;
+  std::vector<int32_t>& list = out.list[item];
+  int64_t chosen = 0;
+  for (int64_t n = f.from; n < f.to; ++n) chosen += marks[n];
+  list.reserve(chosen);
+  for (int64_t n = f.from; n < f.to; ++n)
+    if (marks[n]) list.push_back(static_cast<int32_t>(n));
+}
+
+Gated Gate::run() {
+  Gated out;
+  out.batch = batch_;
+  out.heads = t_.heads;
+  out.tiles = tiles_;
+  const int64_t items = batch_ * t_.heads * tiles_;
+  out.list.resize(items);
+  out.kept.resize(items);
+  out.visible.resize(items);
+  out.dense.resize(items);
+
+  const bool by_keys = t_.scoring == BY_KEYS;
+  const int64_t padded = up(kv_len_, 32) + 32;
+  const int64_t at_once = std::clamp<int64_t>(EXPANDED_BYTES / (padded * (wide_ + 8)), 1, kv_heads_);
+  Buffer<int8_t> codes(by_keys ? at_once * padded * wide_ : 0);
+  Buffer<float> steps(by_keys ? at_once * padded * 2 : 0), addends(t_.scoring == BY_MEANS ? at_once * blocks_ : 0);
+  const int64_t choosers = t_.heads / kv_heads_;  // of one key head
+  const int threads = static_cast<int>(std::min<int64_t>(std::max(t_.threads, 1), std::max<int64_t>(items, 1)));
+  std::vector<Workspace> spaces(threads);
+  for (Workspace& w : spaces) {
+    w.estimate = Buffer<float>(blocks_ * LANE_ROWS);
+    if (by_keys) w.other = Buffer<float>(blocks_ * LANE_ROWS);
+    if (t_.rule == KEEP_MASS) w.weights = Buffer<float>(blocks_ * (LANE_ROWS + 1));
+    w.best = Buffer<float>(blocks_);
+    w.q = Buffer<float>(wide_ * (LANE_ROWS + 1));
+    w.q_codes = Buffer<int8_t>(wide_ * LANE_ROWS);
+    if (by_keys) w.scratch = Buffer<float>(k_.key_score_scratch(t_.block_size, static_cast<int32_t>(wide_)));
+    w.marks.resize(blocks_);
+  }
+  std::vector<Head> known(at_once);
+  const int64_t head_steps = (kv_heads_ + at_once - 1) / at_once;
+  frames_.resize(tiles_);
+  for (int64_t step = 0; step < batch_ * head_steps; ++step) {
+    const int64_t b = step / head_steps, start = step % head_steps * at_once, heads = std::min(at_once, kv_heads_ - start);
+    if (start == 0)
+      parallel_for((tiles_ + FRAME_STEP - 1) / FRAME_STEP, t_.threads, [&](int64_t item, int) {
+        for (int64_t tile = item * FRAME_STEP; tile < std::min(tiles_, (item + 1) * FRAME_STEP); ++tile) {
+          frame(b, tile, frames_[tile]);
+          force(b, frames_[tile]);
+        }
+      });
+    const int64_t pieces = by_keys ? (kv_len_ + EXPAND_STEP - 1) / EXPAND_STEP : 1;
+    for (int64_t i = 0; i < heads; ++i) {
+      const int64_t kv = start + i;
+      Head& head = known[i];
+      head = Head{};
+      const uint8_t* finite = row_of<uint8_t>(t_.finite, b, kv);
+      const int32_t* count = row_of<int32_t>(t_.count, b, kv);
+      for (int64_t n = 0; n < blocks_; ++n)
+        if (!finite[n]) head.broken.push_back(static_cast<int32_t>(n));
+      int64_t total = 0, before = 0;
+      for (int64_t n = 0; n < blocks_; ++n) {
+        total += count[n];
+        before += total < CALIBRATION;
+        if (total >= CALIBRATION) break;
+      }
+      head.settled = total >= CALIBRATION;
+      head.calibrated = (before + 1) * t_.block_size;
+      if (by_keys) {
+        head.codes = codes.get() + i * padded * wide_;
+        head.step = steps.get() + i * padded * 2;
+        head.shift = head.step + padded;
+      }
+      if (t_.scoring == BY_MEANS) {
+        float* addend = addends.get() + i * blocks_;
+        for (int64_t n = 0; n < blocks_; ++n) addend[n] = std::log(static_cast<float>(count[n]));
+        head.addend = addend;
+      }
+    }
+    if (by_keys)
+      parallel_for(heads * pieces, t_.threads, [&](int64_t item, int) {
+        const int64_t i = item / pieces, from = item % pieces * EXPAND_STEP, n = std::min(EXPAND_STEP, kv_len_ - from);
+        const int64_t kv = start + i, bytes = (d_ + 7) / 8;
+        k_.expand_codes(reinterpret_cast<const uint8_t*>(at(t_.planes, 0, b, kv, from * bytes)), t_.planes.stride[0], t_.sketch_bits,
+                        t_.bits, n, static_cast<int32_t>(d_), static_cast<int32_t>(wide_), codes.get() + (i * padded + from) * wide_);
+        float* step = steps.get() + i * padded * 2;
+        k_.read_steps(row_of<uint16_t>(t_.key_scale, b, kv) + from, n, std::ldexp(1.0f, t_.sketch_bits - t_.bits), step + from,
+                      step + padded + from);
+      });
+    parallel_for(heads * choosers * tiles_, t_.threads, [&](int64_t item, int thread) {
+      const int64_t i = item / (choosers * tiles_), rest = item % (choosers * tiles_);
+      const int64_t kv = start + i;
+      // late tiles see most: they come first, so that threads end together
+      choose(b, kv * choosers + rest / tiles_, tiles_ - 1 - rest % tiles_, known[i], spaces[thread], out);
+    });
+  }
+  for (const auto& list : out.list) out.entries += static_cast<int64_t>(list.size());
+  return out;
+}
+
+}  // namespace
+
+Gated gate(const GateTask& task) { return Gate(task).run(); }
+
+}  // namespace sieve

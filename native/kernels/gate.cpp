@@ -1,0 +1,621 @@
+// Scores of key blocks for sixteen query rows at a time, one row a lane, and what selectors make of them.
+#include "kernels/functions.h"
+#include "kernels/gemm.h"
+#include "kernels/logits.h"
+
+namespace sieve {
+namespace SIEVE_LEVEL {
+
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: an integer added to its bits is that integer added to the number
+constexpr int MOST_CHANNELS = 512;
+constexpr int CHUNK_KEYS = 32;        // keys whose dot products are made together
+constexpr float SUM_LOW = 8.6736174e-19f, SUM_HIGH = 1.2676506e30f;  // 2^-60, 2^100: sums between them lost nothing
+
+#if defined(__AMX_INT8__)
+bool integer_tiles() { return true; }
+#else
+bool integer_tiles() { return false; }
+#endif
+
+static inline bool any_lane(vi x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#else
+  int32_t all = 0;
+  for (int l = 0; l < LANES; ++l) all |= x[l];
+  return all != 0;
+#endif
+}
+
+static inline float lane_max(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float best = x[0];
+  for (int i = 1; i < LANES; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+#endif
+}
+
+// log2 of positive normal numbers, within 2^-22 of the result or of 1
+static inline vf log2_(vf x) {
+  const vi bits = (vi)x;
+  vi e = ((bits - 0x3f3504f3) >> 23);  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+  const vf m = (vf)(bits - (e << 23)) - 1.0f;
+  vf p = splat(7.0376836292e-2f);
+  p = p * m + -1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m + -1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m + -1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m + -2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const vf z = m * m;
+  const vf ln = m + (z * -0.5f + z * m * p);
+  return ln * LOG2E + __builtin_convertvector(e, vf);
+}
+
+// 2^x for estimates: errs by at most 1.1e-4 of the result (exp2_<5> where there is no instruction to split a number)
+static inline vf weight(vf x) {
+#if defined(__AVX512F__)
+  const __m512 f = _mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
+  vf p = splat(7.8024523e-2f);
+  p = p * (vf)f + 2.2606716e-1f;
+  p = p * (vf)f + 6.9583356e-1f;
+  p = p * (vf)f + 9.9989274e-1f;
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // takes the floor itself
+#else
+  return exp2_<5>(x > splat(127.0f) ? splat(127.0f) : x);  // what overflows must be seen to
+#endif
+}
+
+// Codes --------------------------------------------------------------------------------------------------------------
+
+void expand_codes(const uint8_t* planes, int64_t plane_stride, int32_t sketch_bits, int32_t bits, int64_t keys, int32_t d,
+                  int32_t wide, int8_t* out) {
+  (void)sketch_bits;  // the leading planes are the coarser copy
+  const int64_t bytes = (d + 7) / 8;
+  const int odd = bits == 8 ? 0 : (1 << bits) - 1;
+  for (int64_t j = 0; j < keys; ++j, out += wide) {
+    int c = 0;
+#if defined(__AVX512BW__)
+    const __m512i spread = _mm512_set_epi64(0x0707070707070707, 0x0606060606060606, 0x0505050505050505, 0x0404040404040404,
+                                            0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    const __m512i bit = _mm512_set1_epi64(0x0102040810204080);
+    for (; c + 64 <= d; c += 64) {
+      __m512i x = _mm512_setzero_si512();
+      for (int p = 0; p < bits; ++p) {
+        int64_t eight;
+        memcpy(&eight, planes + p * plane_stride + j * bytes + c / 8, 8);
+        const __mmask64 set = _mm512_test_epi8_mask(_mm512_shuffle_epi8(_mm512_set1_epi64(eight), spread), bit);
+        x = _mm512_or_si512(x, _mm512_maskz_set1_epi8(set, (char)(1 << (bits - 1 - p))));
+      }
+      x = bits == 8 ? _mm512_sub_epi8(x, _mm512_set1_epi8((char)128))
+                    : _mm512_sub_epi8(_mm512_add_epi8(x, x), _mm512_set1_epi8((char)odd));
+      _mm512_storeu_si512(out + c, x);
+    }
+#endif
+    for (; c < d; ++c) {
+      int code = 0;
+      for (int p = 0; p < bits; ++p) code = code << 1 | ((planes[p * plane_stride + j * bytes + c / 8] >> (7 - c % 8)) & 1);
+      out[c] = (int8_t)(bits == 8 ? code - 128 : 2 * code - odd);
+    }
+    for (; c < wide; ++c) out[c] = 0;
+  }
+}
+
+void read_steps(const uint16_t* scale, int64_t keys, float by, float* step, float* shift) {
+  for (int64_t j = 0; j < keys; ++j) {
+    step[j] = from_f16(scale[j]) * by;
+    shift[j] = -MAGIC * step[j];
+  }
+}
+
+static inline vf floor_of(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_roundscale_ps((__m512)x, 0x09);
+#elif defined(__AVX2__)
+  return (vf)_mm256_floor_ps((__m256)x);
+#else
+  const vf whole = __builtin_convertvector(__builtin_convertvector(x, vi), vf);  // |x| <= 128
+  return whole > x ? whole - 1.0f : whole;
+#endif
+}
+
+void prepare_lanes(const View& q, int64_t b, const int64_t* head_of, const int64_t* query_of, int32_t rows, const float* stretch,
+                   bool round, int32_t d, int32_t wide, float* panel, int8_t* codes, float* step, float* norm) {
+  const float infinity = __builtin_inff();
+  float row[MOST_CHANNELS + 16];
+  const int padded = (int)up(d, 16);
+  for (int i = 0; i < LANE_ROWS; ++i) {
+    const int r = i < rows ? i : rows - 1;
+    read_row(at(q, b, head_of[r], query_of[r], 0), q.stride[3], q.dtype, d, padded, row);
+    if (norm) {
+      double squares = 0;
+      for (int c = 0; c < d; ++c) squares += (double)row[c] * row[c];
+      norm[i] = (float)__builtin_sqrt(squares);
+    }
+    step[i] = 1.0f;
+    if (stretch) {
+      vf most = vf{};
+      vi bad = vi{};
+      for (int c = d; c < padded; ++c) row[c] = 0.0f;
+      for (int c = 0; c < padded; c += LANES) {
+        vf x = load(row + c);
+        if (c + LANES <= d) {
+          x = x * load(stretch + c);
+        } else {
+          for (int l = 0; l < LANES && c + l < d; ++l) x[l] *= stretch[c + l];
+        }
+        const vf size = (vf)((vi)x & splat_int(0x7fffffff));
+        bad |= ~(size < splat(infinity));
+        most = size > most ? size : most;
+        store(row + c, x);
+      }
+      const bool known = !any_lane(bad);
+      if (round) {
+        const float largest = lane_max(most);
+        const float unit = (largest > 1e-30f ? largest : 1e-30f) / 127.0f;
+        for (int c = 0; c < padded; c += LANES)
+          store(row + c, known ? floor_of(load(row + c) / unit + 0.5f) : vf{});
+        step[i] = unit;
+      }
+      if (!known) step[i] = __builtin_nanf("");
+    }
+    if (panel)
+      for (int c = 0; c < d; ++c) panel[c * LANE_ROWS + i] = row[c];
+    if (codes) {
+      int8_t whole[MOST_CHANNELS + 64];
+      int c = 0;
+#if defined(__AVX512F__)
+      for (; c + 16 <= d; c += 16)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(whole + c), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_loadu_ps(row + c))));
+#endif
+      for (; c < wide; ++c) whole[c] = c < d ? (int8_t)row[c] : 0;
+      for (c = 0; c < wide; c += 4) memcpy(codes + c * LANE_ROWS + i * 4, whole + c, 4);
+    }
+  }
+}
+
+// Scores of keys ------------------------------------------------------------------------------------------------------
+
+int64_t key_score_scratch(int64_t block_size, int32_t wide) {
+  const int64_t keys = up(block_size > CHUNK_KEYS ? block_size : CHUNK_KEYS, 32);
+  return keys * LANE_ROWS * 3 + keys * wide + LANE_ROWS * 8 + 64;
+}
+
+// Rows of a run of keys as floats [keys][wide].
+static inline void read_keys(const KeyScore& s, int64_t first, int n, float* rows) {
+  for (int i = 0; i < n; ++i) {
+    float* row = rows + (int64_t)i * s.wide;
+    if (!s.codes) {
+      read_row(at(*s.key, s.b, s.h, first + i, 0), s.key->stride[3], s.key->dtype, s.d, s.wide, row);
+      continue;
+    }
+    const int8_t* code = s.codes + (first + i) * s.wide;
+    int c = 0;
+#if defined(__AVX512F__)
+    const __m512i one = _mm512_set1_epi32(s.eight_bits ? 1 : 0);
+    for (; c < s.wide; c += 16) {
+      __m512i x = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(code + c)));
+      if (s.eight_bits) x = _mm512_add_epi32(_mm512_add_epi32(x, x), one);
+      _mm512_storeu_ps(row + c, _mm512_cvtepi32_ps(x));
+    }
+#else
+    for (; c < s.wide; ++c) row[c] = s.eight_bits ? (float)(2 * code[c] + 1) : (float)code[c];
+#endif
+    // behind the last channel the query is zero, whatever the code
+  }
+}
+
+// One block with its masks and its cap: by `reference` [16] where that serves, else by the block's own maximum. Equal keys give
+// equal bits on every path, since both references are integers. `dots` [n][16]: products as floats (Tiles: as integers above
+// MAGIC). Returns the lanes, as bits, that `reference` did not serve.
+template <bool Tiles>
+static uint32_t careful(const KeyScore& s, int64_t base, int n, const float* dots, const float* reference, float* logits, float* out) {
+  const Lanes& l = s.lanes;
+  const float infinity = __builtin_inff();
+  uint32_t unserved = 0;
+  for (int v = 0; v < PANEL_VECS; ++v) {
+    const vf factor = load(s.factor + v * LANES), usual = load(reference + v * LANES);
+    vi from, to, seen = vi{};
+    for (int i = 0; i < LANES; ++i) {
+      const int64_t low = l.low[v * LANES + i] - base, high = l.high[v * LANES + i] - base;
+      from[i] = (int32_t)(low < 0 ? 0 : low < n ? low : n);
+      to[i] = (int32_t)(high < 0 ? 0 : high < n ? high : n);
+    }
+    vf top = splat(-infinity), total = vf{};
+    vi unknown = vi{};
+    for (int j = 0; j < n; ++j) {
+      float* keep = logits + j * LANE_ROWS + v * LANES;
+      if (l.part && !l.part[base + j]) {
+        store(keep, splat(-infinity));
+        continue;
+      }
+      const vi in = (splat_int(j) >= from) & (splat_int(j) < to);
+      vf x = load(dots + j * LANE_ROWS + v * LANES);
+      if (Tiles)
+        x = x * s.step[base + j] + s.shift[base + j];
+      else if (s.step)
+        x = x * s.step[base + j];
+      seen |= in;
+      if (s.softcap == 0.0f) total += (vf)(in & (vi)weight(x * factor - usual));
+      x = x * factor;
+      if (s.softcap != 0.0f) x = tanh_(x * (LN2 / s.softcap)) * (s.softcap * LOG2E);
+      unknown |= in & (x != x);
+      x = select(in & (x == x), x, splat(-infinity));
+      top = x > top ? x : top;
+      store(keep, x);
+    }
+    const vi served = (total >= splat(SUM_LOW)) & (total <= splat(SUM_HIGH));
+    vf result = log2_(select(served, total, splat(1.0f))) + usual;
+    const vi off = seen & ~served;
+    if (any_lane(off)) {
+      const vf own = select((top > splat(-1e30f)) & (top < splat(1e30f)), round_even(top), vf{});
+      total = vf{};
+      for (int j = 0; j < n; ++j) {
+        const vf x = load(logits + j * LANE_ROWS + v * LANES) - own;
+        total += weight(x > splat(-100.0f) ? (x < splat(1.0f) ? x : splat(1.0f)) : splat(-100.0f));
+      }
+      vf other = select(top > splat(-infinity), own + log2_(max_(total, splat(1e-30f))), splat(-infinity));
+      other = select(top == splat(infinity), splat(infinity), other);
+      other = select(unknown | (other < splat(LOWEST)), splat(LOWEST), other);
+      result = select(off, other, result);
+      for (int i = 0; i < LANES; ++i) unserved |= (uint32_t)(off[i] != 0) << (v * LANES + i);
+    }
+    store(out + v * LANES, select(seen, result, splat(-infinity)));
+  }
+  return unserved;
+}
+
+#if defined(__AMX_INT8__)
+struct alignas(64) IntegerTiles {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// dots [keys up to 32][16] = codes times queries, as integers above the bits of MAGIC; tiles 4 and 5 hold the first queries.
+// Two chains at a time: one alone waits for its own results.
+template <int Steps>
+static inline void tile_dots(const int8_t* codes, int64_t wide, int steps, const int8_t* q, const int32_t* magic, int keys, float* dots) {
+  for (int j = 0; j < keys; j += 32) {
+    _tile_loadd(0, magic, 64);
+    _tile_loadd(1, magic, 64);
+    const int8_t* at_key = codes + (int64_t)j * wide;
+    const int8_t* next = at_key + 16 * wide;
+    if constexpr (Steps == 0) {
+      for (int c = 0; c < steps; ++c) {
+        _tile_loadd(6, q + c * 1024, 64);
+        _tile_loadd(2, at_key + c * 64, wide);
+        _tile_dpbssd(0, 2, 6);
+        _tile_loadd(3, next + c * 64, wide);
+        _tile_dpbssd(1, 3, 6);
+      }
+    } else {
+      _tile_loadd(2, at_key, wide);
+      _tile_dpbssd(0, 2, 4);
+      _tile_loadd(3, next, wide);
+      _tile_dpbssd(1, 3, 4);
+      if constexpr (Steps > 1) {
+        _tile_loadd(6, at_key + 64, wide);
+        _tile_dpbssd(0, 6, 5);
+        _tile_loadd(7, next + 64, wide);
+        _tile_dpbssd(1, 7, 5);
+      }
+    }
+    _tile_stored(0, dots + (int64_t)j * LANE_ROWS, 64);
+    _tile_stored(1, dots + (int64_t)(j + 16) * LANE_ROWS, 64);
+  }
+}
+#endif
+
+template <bool Tiles>
+static void score_keys_by(const KeyScore& s) {
+  const Lanes& l = s.lanes;
+  const int64_t size = l.block_size;
+  const int chunk = size >= CHUNK_KEYS ? 1 : (int)(CHUNK_KEYS / size);  // blocks
+  const int64_t room = up(size > CHUNK_KEYS ? size : CHUNK_KEYS, 32);
+  float* dots[2] = {s.scratch, s.scratch + room * LANE_ROWS};
+  float* logits = dots[1] + room * LANE_ROWS;
+  float* rows = logits + room * LANE_ROWS;
+  float base_of[LANE_ROWS] = {};
+  uint32_t based = 0;
+#if defined(__AMX_INT8__)
+  alignas(64) int32_t magic[256];
+  const int steps = s.wide / 64;
+  if (Tiles) {
+    IntegerTiles c;
+    for (int i = 0; i < 8; ++i) {
+      c.bytes[i] = 64;
+      c.rows[i] = 16;
+    }
+    _tile_loadconfig(&c);
+    int32_t bits;
+    memcpy(&bits, &MAGIC, 4);
+    for (int i = 0; i < 256; ++i) magic[i] = bits;
+    _tile_loadd(4, s.q_codes, 64);
+    if (steps > 1) _tile_loadd(5, s.q_codes + 1024, 64);
+  }
+#endif
+  auto multiply = [&](int64_t b0, float* out) {
+    const int64_t b1 = b0 + chunk < l.last ? b0 + chunk : l.last, first = b0 * size;
+    const int keys = (int)((b1 * size < l.kv_len ? b1 * size : l.kv_len) - first);
+    if (Tiles) {
+#if defined(__AMX_INT8__)
+      const int8_t* codes = s.codes + first * s.wide;
+      if (steps == 1)
+        tile_dots<1>(codes, s.wide, 1, s.q_codes, magic, keys, out);
+      else if (steps == 2)
+        tile_dots<2>(codes, s.wide, 2, s.q_codes, magic, keys, out);
+      else
+        tile_dots<0>(codes, s.wide, steps, s.q_codes, magic, keys, out);
+#endif
+    } else {
+      read_keys(s, first, keys, rows);
+      times_panels(rows, s.wide, keys, s.d, &s.q, 1, out, LANE_ROWS);
+    }
+  };
+  // sums wait here until their logarithms are taken together: one after the other, each would wait for the last
+  int64_t waiting = l.first;
+  auto finish = [&](int64_t until) {
+    for (; waiting < until; ++waiting) {
+      float* out = s.out + (waiting - l.first) * LANE_ROWS;
+      for (int v = 0; v < PANEL_VECS; ++v) store(out + v * LANES, log2_(load(out + v * LANES)) + load(base_of + v * LANES));
+    }
+  };
+  multiply(l.first, dots[0]);
+  int turn = 0;
+  for (int64_t b0 = l.first; b0 < l.last; b0 += chunk, turn ^= 1) {
+    const int64_t b1 = b0 + chunk < l.last ? b0 + chunk : l.last, first = b0 * size;
+    // the next products are begun before these are used: they take their time in a unit of their own
+    if (b1 < l.last) multiply(b1, dots[turn ^ 1]);
+    for (int64_t b = b0; b < b1; ++b) {
+      const int64_t base = b * size;
+      const int n = (int)(l.kv_len - base < size ? l.kv_len - base : size);
+      const float* at_dots = dots[turn] + (base - first) * LANE_ROWS;
+      float* out = s.out + (b - l.first) * LANE_ROWS;
+      const bool plain = s.step && s.softcap == 0.0f && l.all_low <= base && base + n <= l.all_high &&
+                         (!l.part || l.part_before[base + n] - l.part_before[base] == n);
+      if (plain) {
+        const float* step = s.step + base;
+        const float* shift = s.shift + base;
+        vi off = vi{};
+#pragma GCC unroll 4
+        for (int v = 0; v < PANEL_VECS; ++v) {
+          const vf factor = load(s.factor + v * LANES), reference = load(base_of + v * LANES);
+          auto one = [&](int j) {
+            const vf x = load(at_dots + j * LANE_ROWS + v * LANES);
+            // the product with a half has at most 24 bits, so one fused operation removes MAGIC exactly
+            const vf y = Tiles ? x * step[j] + shift[j] : x * step[j];
+            return weight(y * factor - reference);
+          };
+          vf total = vf{}, other = vf{};
+          int j = 0;
+          for (; j + 4 <= n; j += 4) {
+            total += one(j) + one(j + 1);
+            other += one(j + 2) + one(j + 3);
+          }
+          for (; j < n; ++j) total += one(j);
+          total += other;
+          off |= ~((total >= splat(SUM_LOW)) & (total <= splat(SUM_HIGH)));
+          store(out + v * LANES, total);
+        }
+        if (!any_lane(off)) continue;
+      }
+      finish(b);
+      // a row whose numbers are out of reach gets a reference of its own, once
+      uint32_t unserved = careful<Tiles>(s, base, n, at_dots, base_of, logits, out) & ~based;
+      for (; unserved; unserved &= unserved - 1) {
+        const int i = __builtin_ctz(unserved);
+        if (!(out[i] > LOWEST && out[i] < -LOWEST)) continue;
+        base_of[i] = __builtin_rintf(out[i]);
+        based |= 1u << i;
+      }
+      waiting = b + 1;
+    }
+  }
+  finish(l.last);
+#if defined(__AMX_INT8__)
+  if (Tiles) _tile_release();
+#endif
+}
+
+void score_keys(const KeyScore& s) {
+#if defined(__AMX_INT8__)
+  if (s.q_codes && s.codes && !s.eight_bits) return score_keys_by<true>(s);
+#endif
+  score_keys_by<false>(s);
+}
+
+// Scores of block means -----------------------------------------------------------------------------------------------
+
+void score_blocks(const BlockScore& s) {
+  const Lanes& l = s.lanes;
+  const float infinity = __builtin_inff();
+  times_panels(s.mean + l.first * s.d, s.d, (int)(l.last - l.first), s.d, &s.q, 1, s.out, LANE_ROWS);
+  for (int64_t b = l.first; b < l.last; ++b) {
+    float* out = s.out + (b - l.first) * LANE_ROWS;
+    const int64_t base = b * l.block_size, end = base + l.block_size < l.kv_len ? base + l.block_size : l.kv_len;
+    const bool whole = l.all_low <= base && end <= l.all_high;
+    const bool there = !l.part || l.part_before[end] > l.part_before[base];
+    for (int v = 0; v < PANEL_VECS; ++v) {
+      vf x = load(out + v * LANES) * s.scale;
+      if (s.radius) x += load(s.reach + v * LANES) * s.radius[b];
+      if (s.softcap != 0.0f) x = tanh_(x / s.softcap) * s.softcap;
+      if (s.addend) x += s.addend[b];
+      x = select(x > splat(LOWEST), x, splat(LOWEST));
+      if (!there) x = splat(-infinity);
+      if (there && !whole) {
+        vi full, some;
+        for (int i = 0; i < LANES; ++i) {
+          const int64_t low = l.low[v * LANES + i], high = l.high[v * LANES + i];
+          const int64_t from = low > base ? low : base, to = high < end ? high : end;
+          bool any = from < to;
+          if (any && l.part) any = l.part_before[to] > l.part_before[from];
+          some[i] = any ? -1 : 0;
+          full[i] = low <= base && end <= high ? -1 : 0;
+        }
+        x = select(some, select(full, x, splat(LOWEST)), splat(-infinity));
+      }
+      store(out + v * LANES, x);
+    }
+  }
+}
+
+// Selectors -----------------------------------------------------------------------------------------------------------
+
+// log2 of the sum over all blocks of 2^(unit * estimate), per lane; 0 where that is not finite
+static inline void mass_of(const float* estimate, int64_t blocks, float unit, vf* top, vf* lse) {
+  const float infinity = __builtin_inff();
+  for (int v = 0; v < PANEL_VECS; ++v) {
+    vf m = splat(-infinity);
+    for (int64_t b = 0; b < blocks; ++b) m = max_(load(estimate + b * LANE_ROWS + v * LANES), m);
+    const vf reference = select((m > splat(-infinity)) & (m < splat(infinity)), m, vf{});
+    vf total = vf{};
+    for (int64_t b = 0; b < blocks; ++b) {
+      vf x = (load(estimate + b * LANE_ROWS + v * LANES) - reference) * unit;
+      x = x > splat(1.0f) ? splat(1.0f) : x;
+      total += exp2_<5>(x);
+    }
+    top[v] = m;
+    const vf finite = reference + log2_(max_(total, splat(1e-30f))) * (1.0f / unit);
+    lse[v] = select((m > splat(-infinity)) & (m < splat(infinity)), finite, vf{});
+  }
+}
+
+void largest_share(const float* estimate, int64_t blocks, float unit, float* best) {
+  vf top[PANEL_VECS], lse[PANEL_VECS];
+  mass_of(estimate, blocks, unit, top, lse);
+  for (int64_t b = 0; b < blocks; ++b) {
+    vf x = load(estimate + b * LANE_ROWS) - lse[0];
+    for (int v = 1; v < PANEL_VECS; ++v) x = max_(load(estimate + b * LANE_ROWS + v * LANES) - lse[v], x);
+    const float most = lane_max(x);
+    best[b] = most > best[b] ? most : best[b];
+  }
+}
+
+void largest(const float* estimate, int64_t blocks, float* best) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    vf x = load(estimate + b * LANE_ROWS);
+    for (int v = 1; v < PANEL_VECS; ++v) x = max_(load(estimate + b * LANE_ROWS + v * LANES), x);
+    const float most = lane_max(x);
+    best[b] = most > best[b] ? most : best[b];
+  }
+}
+
+void mark_above(const float* estimate, int64_t blocks, float margin, uint8_t* marks) {
+  const float infinity = __builtin_inff();
+  for (int v = 0; v < PANEL_VECS; ++v) {
+    vf m = splat(-infinity);
+    for (int64_t b = 0; b < blocks; ++b) m = max_(load(estimate + b * LANE_ROWS + v * LANES), m);
+    const vf level = m - margin;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const vf x = load(estimate + b * LANE_ROWS + v * LANES);
+      marks[b] |= any_lane((x >= level) & (x > splat(-infinity)));
+    }
+  }
+}
+
+// Per lane the first blocks, by falling estimate and then by index, whose predecessors hold less than `mass`.
+void mark_mass(const float* estimate, int64_t blocks, float unit, float mass, int32_t lanes, uint8_t* marks, float* weights) {
+  constexpr int HALVINGS = 16;
+  const float infinity = __builtin_inff();
+  for (int v = 0; v < PANEL_VECS; ++v) {
+    const float* x = estimate + v * LANES;
+    float* w = weights + v * LANES;
+    vf top = splat(-infinity);
+    for (int64_t b = 0; b < blocks; ++b) top = max_(load(x + b * LANE_ROWS), top);
+    const vi bounded = (top > splat(-infinity)) & (top < splat(infinity));
+    const vf reference = select(bounded, top, vf{});
+    vf total = vf{};
+    for (int64_t b = 0; b < blocks; ++b) {
+      const vf y = (load(x + b * LANE_ROWS) - reference) * unit, share = exp2_<5>(y > splat(1.0f) ? splat(1.0f) : y);
+      store(w + b * LANE_ROWS, share);
+      total += share;
+    }
+    const vf wanted = total * mass;
+    // more than `high`: less than the wanted mass, which is `before`; more than `low`: at least as much
+    vf low = splat(-infinity), high = top, before = vf{}, mid = reference - 40.0f / unit;
+    for (int i = 0; i < HALVINGS; ++i) {
+      vf above = vf{};
+      for (int64_t b = 0; b < blocks; ++b)
+        above += select(load(x + b * LANE_ROWS) > mid, load(w + b * LANE_ROWS), vf{});
+      const vi enough = above >= wanted, moves = bounded & (mid < high);
+      low = select(moves & enough, mid, low);
+      high = select(moves & ~enough, mid, high);
+      before = select(moves & ~enough, above, before);
+      mid = select(low > splat(-infinity), low + (high - low) * 0.5f, high);
+    }
+    int64_t between = 0;
+    int32_t* list = reinterpret_cast<int32_t*>(weights + blocks * LANE_ROWS);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const vf y = load(x + b * LANE_ROWS);
+      marks[b] |= any_lane(y > high);
+      if (any_lane((y <= high) & (y > low))) list[between++] = (int32_t)b;
+    }
+    // the few between the two, one at a time: the largest and of equal ones the earliest first
+    for (int i = 0; i < LANES && v * LANES + i < lanes; ++i) {
+      float sum_before = before[i], limit = infinity;
+      while (sum_before < wanted[i]) {
+        float next = -infinity;
+        for (int64_t c = 0; c < between; ++c) {
+          const float y = x[list[c] * LANE_ROWS + i];
+          if (y <= high[i] && y < limit && y > next) next = y;
+        }
+        if (!(next > -infinity)) break;
+        for (int64_t c = 0; c < between && sum_before < wanted[i]; ++c) {
+          if (x[list[c] * LANE_ROWS + i] != next) continue;
+          marks[list[c]] = 1;
+          sum_before += w[list[c] * LANE_ROWS + i];
+        }
+        limit = next;
+      }
+    }
+  }
+}
+
+// Floats in the order of their values as integers.
+static inline vi ordered(vf x) {
+  const vi bits = (vi)x;
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+static inline int64_t count_from(const float* x, int64_t n, int32_t level) {
+  int64_t count = 0;
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + LANES <= n; i += LANES)
+    count += __builtin_popcount(_mm512_cmpge_epi32_mask((__m512i)ordered(load(x + i)), _mm512_set1_epi32(level)));
+#else
+  vi total = vi{};
+  for (; i + LANES <= n; i += LANES) total -= ordered(load(x + i)) >= splat_int(level);
+  for (int l = 0; l < LANES; ++l) count += total[l];
+#endif
+  for (; i < n; ++i) {
+    int32_t bits;
+    memcpy(&bits, x + i, 4);
+    count += (bits ^ ((bits >> 31) & 0x7fffffff)) >= level;
+  }
+  return count;
+}
+
+float kth_largest(const float* x, int64_t n, int64_t k) {
+  // the largest level that k numbers reach
+  int64_t low = INT32_MIN, high = INT32_MAX;
+  while (low < high) {
+    const int64_t mid = low + (high - low + 1) / 2;
+    if (count_from(x, n, (int32_t)mid) >= k)
+      low = mid;
+    else
+      high = mid - 1;
+  }
+  const int32_t level = (int32_t)low, bits = level ^ ((level >> 31) & 0x7fffffff);
+  float found;
+  memcpy(&found, &bits, 4);
+  return found;
+}
+
+}  // namespace SIEVE_LEVEL
+}  // namespace sieve

@@ -1,0 +1,304 @@
+"""The kernel gate on every instruction set against the reference: the same choice, but where estimates tie within rounding."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sieve_attn import attention, native, pipeline
+from sieve_attn import geometry as g
+from sieve_attn.patterns import Sinks, Window
+from sieve_attn.policies import Adaptive, Aether, Certified, Policy, TopBlocks
+from sieve_attn.scores import Euclidean, KeySketch, Mean
+from sieve_attn.selection import Mass, RelativeThreshold, TargetSparsity, Threshold, TopK
+from sieve_attn.selection import native as gate
+from sieve_attn.selection.base import RankSelector
+from sieve_attn.selection.reference import Tiles, share_over_group
+from sieve_attn.testing import GENERATORS, Shape
+from sieve_attn.testing.contracts import coins
+from sieve_attn.testing.strategies import gaussian, generators, seeds
+from sieve_attn.types import Call
+
+pytestmark = pytest.mark.skipif(bool(native.missing()), reason="pure-Python installation")
+
+LAWS = settings(max_examples=60, deadline=None, derandomize=True)
+LEVELS = native.module().levels() if not native.missing() else []
+NEAR = 2e-3  # in logits: what may tie
+SCORERS = (
+    KeySketch(4, query_bits=8), KeySketch(1, query_bits=8), KeySketch(7, query_bits=8), KeySketch(8, query_bits=8), KeySketch(2),
+    KeySketch(8), Mean(), Euclidean(),
+)  # fmt: skip
+SELECTORS = (
+    TopK(2), TopK(5), TargetSparsity(0.7), Threshold(1.5), Threshold(math.inf), Threshold(-math.inf), RelativeThreshold(1.0),
+    Mass(0.8), Mass(0.999), Mass(1.0), Mass(0.0),
+)  # fmt: skip
+KEEPS = (None, Sinks(3), Window(9), Sinks(5) | Window(20))
+
+
+@pytest.fixture(params=LEVELS, autouse=True)
+def level(request):
+    native.module().force_level(request.param)
+    yield request.param
+    native.module().force_level("")
+
+
+def reference(call, geometry, policy):
+    return pipeline.select(call, geometry, policy, backend="reference")
+
+
+def tiles_of(found):
+    return found[0].blocks.to_tiles()
+
+
+def assert_same_choice(call, policy, geometry=None):
+    geometry = g.build(call.key, policy.block_size, policy.statistics, key_mask=call.key_mask) if geometry is None else geometry
+    assert gate.why_not(call, geometry, policy, False) == ()
+    got, wanted = pipeline.select(call, geometry, policy), reference(call, geometry, policy)
+    mine, theirs = got[0].blocks, wanted[0].blocks
+    assert (mine.batch, mine.heads, mine.q_len, mine.kv_len, mine.q_block, mine.kv_block, mine.lead) == (
+        theirs.batch, theirs.heads, theirs.q_len, theirs.kv_len, theirs.q_block, theirs.kv_block, theirs.lead,
+    )  # fmt: skip
+    assert (mine.row_ptr.dtype, mine.block_index.dtype) == (theirs.row_ptr.dtype, theirs.block_index.dtype)
+    assert torch.equal(got[1][1], wanted[1][1])  # visible keys
+    assert got[1][0].shape == wanted[1][0].shape
+    a, b = tiles_of(got), tiles_of(wanted)
+    if torch.equal(a, b):
+        assert torch.equal(got[1][0], wanted[1][0])
+        assert got[2] == wanted[2]
+        return
+    if isinstance(policy.selector, RankSelector):
+        _only_ties(call, geometry, policy, a, b)
+    else:
+        _between(call, geometry, policy, a)
+
+
+def _only_ties(call, geometry, policy, a, b):
+    """Where tiles differ, their blocks tie with the last one kept (or stand in for a query that thereby lost everything)."""
+    heads = a.shape[1]
+    rows, tiles = call.rows(0, call.q_len), Tiles(call.q_len, call.lead(policy.query_tile), policy.query_tile)
+    estimate = policy.scorer.score(rows, geometry).estimate
+    looked = torch.zeros(call.q_len, dtype=torch.bool)
+    looked[tiles.looked_at(policy.query_stride, call.query)] = True
+    lse = torch.logsumexp(estimate, -1, keepdim=True)
+    shares = torch.where(looked[:, None], estimate - torch.where(lse.isfinite(), lse, 0.0), -math.inf)
+    best = tiles.split(share_over_group(shares, heads, torch.amax), -math.inf).amax(3)
+    seen = share_over_group(estimate > -math.inf, heads, torch.any)
+    visible = tiles.split(seen, False).any(3)
+    top = (estimate >= estimate.amax(-1, keepdim=True) - NEAR) & (estimate > -math.inf)
+    top = tiles.split(share_over_group(top, heads, torch.any), False).any(3)  # what a query that lost everything gets
+    for at in ((a != b).any(-1)).nonzero().tolist():
+        at = tuple(at)
+        last = best[at].masked_fill(~visible[at], -math.inf).sort(descending=True).values
+        last = last[int(policy.selector.k(visible[at].sum())) - 1]
+        tied = (best[at] - last).abs() <= NEAR if last.isfinite() else best[at] == last
+        assert int(tied.sum()) > 1, at
+        assert (tied | top[at])[a[at] != b[at]].all(), at
+
+
+def _between(call, geometry, policy, a):
+    """The choice lies between those of a slightly stricter and a slightly laxer rule."""
+    selector = policy.selector
+    strict, lax = {
+        Threshold: lambda: (Threshold(selector.threshold + NEAR), Threshold(selector.threshold - NEAR)),
+        RelativeThreshold: lambda: (RelativeThreshold(max(0.0, selector.margin - NEAR)), RelativeThreshold(selector.margin + NEAR)),
+        Mass: lambda: (Mass(max(0.0, selector.mass - NEAR)), Mass(min(1.0, selector.mass + NEAR))),
+    }[type(selector)]()
+    fewer, more = (
+        tiles_of(reference(call, geometry, Policy(**{**policy_fields(policy), "selector": s}))) for s in (strict, lax)
+    )
+    assert not (fewer & ~a).any()
+    assert not (a & ~more).any()
+
+
+def policy_fields(policy):
+    names = ("scorer", "selector", "keep", "block_size", "query_tile", "query_stride", "share_group", "dense_above")
+    return {name: getattr(policy, name) for name in names}
+
+
+@st.composite
+def cases(draw):
+    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    q_len = draw(st.integers(16, 140))
+    kv_len = draw(st.integers(1, 400)) if draw(st.booleans()) else q_len
+    dim = draw(st.sampled_from([8, 17, 64, 80, 130]))
+    shape = Shape(draw(st.integers(1, 2)), kv_heads * group, kv_heads, q_len, kv_len, dim, 3)
+    block_size = draw(st.sampled_from([1, 4, 16, 24, 64]))
+    query_tile = draw(st.sampled_from([8, 16, 33, 64]))
+    policy = Policy(
+        draw(st.sampled_from(SCORERS)), draw(st.sampled_from(SELECTORS)), draw(st.sampled_from(KEEPS)), block_size=block_size,
+        query_tile=query_tile, query_stride=draw(st.sampled_from([1, 3, 4])), share_group=draw(st.booleans()),
+    )  # fmt: skip
+    options = {"causal": draw(st.booleans())}
+    if draw(st.booleans()):
+        options["window"] = draw(st.integers(1, 60))
+    if draw(st.integers(0, 3)) == 0:
+        options["softcap"] = draw(st.sampled_from([2.0, 20.0]))
+    if q_len == kv_len and draw(st.booleans()):
+        inner = sorted(draw(st.sets(st.integers(1, q_len - 1), max_size=4)))
+        options["cu_seqlens"] = torch.tensor([0, *inner, q_len])
+    return shape, policy, options
+
+
+@LAWS
+@given(cases(), generators(), seeds(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.booleans(), st.booleans())
+def test_kernels_choose_what_the_reference_chooses(case, name, seed, dtype, masked, poisoned):
+    shape, policy, options = case
+    q, k, v = GENERATORS[name](seed, shape, dtype)
+    if poisoned:
+        k = k.clone()
+        k[..., :1][coins(seed, 0.03, *k.shape[:3])[..., None]] = torch.nan
+    if masked:
+        options = {**options, "key_mask": coins(seed, 0.6, shape.batch, shape.kv_len)}
+    assert_same_choice(Call(q, k, v, scale=shape.dim**-0.5, **options), policy)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 200])
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_calls(dim, causal):
+    q, k, v = gaussian(3, Shape(1, 4, 2, 500, 1500, dim, 3), torch.bfloat16)
+    call = Call(q, k, v, causal=causal, scale=dim**-0.5)
+    for policy in (TopBlocks(16), Adaptive(0.8), Aether(3.0, 64), Policy(Mean(), TopK(4), block_size=64)):
+        assert_same_choice(call, policy)
+
+
+def test_queries_that_are_not_numbers():
+    q, k, v = gaussian(3, Shape(1, 2, 2, 70, 200, 16, 3))
+    q[0, 0, 5, 3], q[0, 1, 69] = torch.nan, torch.inf
+    for scorer in (KeySketch(4, query_bits=8), KeySketch(8, query_bits=8)):
+        for selector in (TopK(3), Mass(0.7), RelativeThreshold(0.5), Threshold(1.0)):
+            assert_same_choice(Call(q, k, v, causal=True, scale=0.25), Policy(scorer, selector, query_tile=16))
+
+
+def test_logits_far_apart():
+    """Far beyond what one exponent holds: every block keeps a reference of its own."""
+    q, k, v = gaussian(3, Shape(1, 2, 2, 64, 640, 16, 3))
+    k *= torch.linspace(0.1, 60, 640)[:, None]
+    call = Call(20 * q, k, v, scale=0.25)
+    for selector in (TopK(4), TopK(20), Mass(0.9), RelativeThreshold(100.0)):
+        assert_same_choice(call, Policy(KeySketch(4, query_bits=8), selector, query_tile=16))
+
+
+def test_ties_go_to_the_smaller_index():
+    q, k, v = gaussian(1, Shape(1, 2, 1, 64, 512, 64, 3))
+    k = k[:, :, :16].repeat(1, 1, 32, 1)
+    for scorer in (KeySketch(4, query_bits=8), KeySketch(3), Mean(), Euclidean()):
+        policy = Policy(scorer, TopK(5), query_stride=4)
+        # the channel scale is fixed by the first keys, so equal keys have equal codes
+        found = tiles_of(pipeline.select(Call(q, k, v, scale=0.125), g.build(k, 16, policy.statistics), policy))
+        assert found.nonzero()[:, 3].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_no_query_looks_ahead():
+    """Nothing after a tile of queries changes a bit of its choice."""
+    q, k, v = gaussian(6, Shape(1, 4, 2, 400, 400, 64, 8))
+    for policy in (
+        TopBlocks(3, sinks=4, window=8), Adaptive(0.9), Adaptive(0.9, bits=8), Aether(1.0, 16), Policy(Mean(), TargetSparsity(0.6)),
+        Policy(KeySketch(2), RelativeThreshold(0.7), block_size=24), Policy(KeySketch(3), TopK(2), query_tile=16, block_size=4),
+    ):  # fmt: skip
+        tile = policy.query_tile
+        for stop in (2 * tile, 4 * tile):
+            other_q, other_k = q.clone(), k.clone()
+            other_q[:, :, stop:] = torch.nan
+            other_k[:, :, stop:] = 50 * other_k[:, :, stop:].flip(2)
+            found = []
+            for a, b in ((q, k), (other_q, other_k)):
+                call = Call(a, b, v, causal=True, scale=0.125)
+                geometry = g.build(b, policy.block_size, policy.statistics)
+                assert gate.why_not(call, geometry, policy, False) == ()
+                found.append(tiles_of(pipeline.select(call, geometry, policy))[:, :, : stop // tile])
+            assert torch.equal(*found), policy
+
+
+def test_early_queries_read_the_keys_themselves():
+    """Before the channel scale is known, the sketch would tell of keys to come."""
+    q, k, v = gaussian(6, Shape(1, 2, 1, 100, 100, 16, 8))
+    policy = Policy(KeySketch(2, query_bits=8), TopK(2), block_size=4, query_tile=8)
+    other = k.clone()
+    other[:, :, 40:, ::2] *= 30
+    found = [
+        tiles_of(pipeline.select(Call(q, keys, v, causal=True, scale=0.25), g.build(keys, 4, policy.statistics), policy))[:, :, :5]
+        for keys in (k, other)
+    ]
+    assert torch.equal(*found)
+
+
+def test_a_prefill_in_chunks_chooses_what_one_prefill_would():
+    q, k, v = gaussian(6, Shape(1, 4, 2, 320, 320, 16, 8))
+    for policy in (TopBlocks(3, sinks=4, window=8), Adaptive(0.9), Aether(1.0, 16), Policy(KeySketch(4), TargetSparsity(0.7))):
+        whole = pipeline.select(Call(q, k, v, causal=True, scale=0.25), g.build(k, 16, policy.statistics), policy)
+        dense = whole[0].to_dense(q)
+        for start, stop in ((64, 128), (128, 320), (100, 320)):
+            call = Call(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], causal=True, scale=0.25)
+            part = pipeline.select(call, g.build(call.key, 16, policy.statistics), policy)
+            first = -(-start // policy.query_tile) * policy.query_tile  # a tile that is cut asks fewer queries
+            assert torch.equal(part[0].to_dense(q)[:, :, first - start :], dense[:, :, first:stop, :stop])
+
+
+def test_thread_counts_change_no_bit():
+    q, k, v = gaussian(6, Shape(2, 4, 2, 700, 700, 64, 8))
+    call = Call(q, k, v, causal=True, scale=0.125)
+    for policy in (TopBlocks(9), Adaptive(0.9), Policy(Mean(), TopK(3))):
+        geometry = g.build(k, 16, policy.statistics)
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            try:
+                found.append(pipeline.select(call, geometry, policy))
+            finally:
+                torch.set_num_threads(1)
+        for other in found[1:]:
+            assert torch.equal(other[0].blocks.row_ptr, found[0][0].blocks.row_ptr)
+            assert torch.equal(other[0].blocks.block_index, found[0][0].blocks.block_index)
+            assert torch.equal(other[1][0], found[0][1][0])
+
+
+def test_turning_dense_is_counted():
+    q, k, v = gaussian(6, Shape(1, 4, 2, 320, 320, 16, 8))
+    call = Call(q, k, v, causal=True, scale=0.25)
+    policy = Adaptive(0.95, dense_above=0.6)
+    geometry = g.build(k, 16, policy.statistics)
+    got, wanted = pipeline.select(call, geometry, policy), reference(call, geometry, policy)
+    assert got[2] == wanted[2]
+    assert got[2][0].count > 0
+    assert torch.equal(tiles_of(got), tiles_of(wanted))
+
+
+def test_what_kernels_do_not_know_goes_to_the_reference():
+    q, k, v = gaussian(6, Shape(1, 2, 2, 64, 64, 16, 8))
+    call, policy = Call(q, k, v, scale=0.25), TopBlocks(2)
+    geometry = g.build(k, 16, policy.statistics)
+    assert gate.why_not(call, geometry, policy, False) == ()
+    declined = {
+        "16 queries": (Call(q[:, :, :15], k, v, scale=0.25), policy, False),
+        "a bias": (Call(q, k, v, scale=0.25, bias=torch.zeros(1, 1, 64, 64)), policy, False),
+        "a mask": (Call(q, k, v, scale=0.25, mask=torch.ones(1, 1, 64, 64, dtype=torch.bool)), policy, False),
+        "every query": (call, policy, True),
+        "float64": (Call(q.double(), k.double(), v.double(), scale=0.25), policy, False),
+        "Certified": (call, Certified(0.1), False),
+    }
+    for words, (other, rule, per_query) in declined.items():
+        assert any(words in reason for reason in gate.why_not(other, geometry, rule, per_query)), words
+
+
+def test_the_report_says_who_chose():
+    q, k, v = gaussian(6, Shape(1, 2, 2, 64, 64, 16, 8))
+    for options, wanted in (({}, "native"), ({"backend": "reference"}, "reference"), ({"per_query": True}, "reference")):
+        assert attention(q, k, v, TopBlocks(1), return_report=True, **options)[1].selected_by == wanted
+    assert attention(q, k, v, return_report=True)[1].selected_by == ""
+
+
+def test_a_wider_sketch_serves_by_its_leading_planes():
+    q, k, v = gaussian(6, Shape(1, 4, 2, 300, 300, 64, 8))
+    policy = TopBlocks(6, bits=3)
+    assert_same_choice(Call(q, k, v, causal=True, scale=0.125), policy, g.build(k, 16, KeySketch(8).statistics))
+
+
+def test_a_streamed_geometry_serves():
+    q, k, v = gaussian(6, Shape(1, 4, 2, 300, 300, 64, 8))
+    for policy in (TopBlocks(6), Aether(1.0, 16)):
+        stream = g.Stream(16, policy.statistics)
+        for stop in (100, 117, 300):
+            geometry = stream.update(k[:, :, :stop])
+        assert_same_choice(Call(q, k, v, causal=True, scale=0.125), policy, geometry)
