@@ -74,9 +74,9 @@ def _product(case: Case) -> Prepared:
 
 
 def _step(case: Case) -> Prepared:
-    from sieve_attn.layers import SparseCausalAttention
+    from sieve_attn.layers import SparseCausalAttention, pack_ternary
 
-    layer = SparseCausalAttention(WIDTH, case.dim, TOP_K).requires_grad_(False)
+    layer = pack_ternary(SparseCausalAttention(WIDTH, case.dim, TOP_K))
     x, prompt = torch.randn(1, 1, WIDTH), torch.randn(1, case.kv_len - 1, WIDTH)
     held = {"ours": layer.warmup_cache(prompt)}
     held["plain"] = [a[:, 0].clone() for a in held["ours"].arrays]
@@ -95,7 +95,12 @@ def _step(case: Case) -> Prepared:
         exact = attended(layer.query(x).double(), keys.double(), values.double())
         return truth.complaint("the step", result, exact, attended(layer.query(x), keys, values)), {}
 
-    return Prepared(ours, check, {"naive": lambda: peers.Peer(plain)}, notes=("dense keeps its cache by concatenation",))
+    return Prepared(
+        ours,
+        check,
+        {"naive": lambda: peers.Peer(plain)},
+        notes=("dense keeps its cache by concatenation; both project with packed weights",),
+    )
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
