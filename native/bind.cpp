@@ -14,6 +14,8 @@
 #include "kernels.h"
 #include "level.h"
 #include "rows.h"
+#include "scan.h"
+#include "ternary.h"
 #include "top_k.h"
 
 namespace nb = nanobind;
@@ -119,6 +121,19 @@ void choose_ranges(Attention& a, int64_t prefix, int64_t window, bool two_sided)
   a.choice.two_sided = two_sided;
 }
 
+RowChoice row_choice(const Attention& a, std::optional<View> index, const std::vector<int64_t>& offsets, int64_t first_key,
+                     int64_t prefix, int64_t window, bool two_sided) {
+  RowChoice c;
+  c.index = index.value_or(absent);
+  c.offsets = offsets;
+  c.first_key = first_key;
+  c.prefix = prefix;
+  c.window = window;
+  c.two_sided = two_sided;
+  check_rows(a, c);
+  return c;
+}
+
 template <class T>
 T* writable(const std::optional<View>& v) {
   return v ? static_cast<T*>(v->data) : nullptr;
@@ -209,19 +224,6 @@ void read_gated(const Gated& g, const View& row_ptr, const View& block_index, co
   std::copy(g.dense.begin(), g.dense.end(), static_cast<uint8_t*>(dense.data));
 }
 
-RowChoice row_choice(const Attention& a, std::optional<View> index, const std::vector<int64_t>& offsets, int64_t first_key,
-                     int64_t prefix, int64_t window, bool two_sided) {
-  RowChoice c;
-  c.index = index.value_or(absent);
-  c.offsets = offsets;
-  c.first_key = first_key;
-  c.prefix = prefix;
-  c.window = window;
-  c.two_sided = two_sided;
-  check_rows(a, c);
-  return c;
-}
-
 }  // namespace
 }  // namespace sieve
 
@@ -254,16 +256,6 @@ NB_MODULE(_native, m) {
         },
         "a"_a, "d_out"_a, "lse"_a, "shift"_a, "dq"_a, "dk"_a, "dv"_a, "d_bias"_a.none(),
         nb::call_guard<nb::gil_scoped_release>());
-  m.def("geometry", &geometry, "key"_a, "key_mask"_a.none(), "block_size"_a, "bits"_a, "scale_is_given"_a, "threads"_a, "count"_a,
-        "finite"_a, "mean"_a, "key_norm"_a, "radius"_a.none(), "low"_a.none(), "high"_a.none(), "planes"_a.none(),
-        "scale"_a.none(), "error"_a.none(), "metric_error"_a.none(), "channel_scale"_a.none(), "spectral"_a.none(),
-        "metric_spectral"_a.none(), nb::call_guard<nb::gil_scoped_release>());
-  nb::class_<Gated>(m, "Gated").def_ro("entries", &Gated::entries).def_ro("tiles", &Gated::tiles).def("read", &read_gated);
-  m.def("select", &choose_prefill, "q"_a, "key"_a, "key_mask"_a.none(), "edges"_a.none(), "causal"_a, "window"_a.none(), "scale"_a,
-        "softcap"_a.none(), "scoring"_a, "bits"_a, "sketch_bits"_a, "round_queries"_a, "planes"_a.none(), "key_scale"_a.none(),
-        "channel_scale"_a.none(), "mean"_a.none(), "radius"_a.none(), "count"_a, "finite"_a, "rule"_a, "level"_a, "blocks"_a,
-        "block_size"_a, "query_tile"_a, "stride"_a, "heads"_a, "sinks"_a, "near"_a, "dense_above"_a, "threads"_a,
-        nb::call_guard<nb::gil_scoped_release>());
   nb::class_<RowChoice>(m, "RowChoice")
       .def("__init__",
            [](RowChoice* self, const Attention& a, std::optional<View> index, const std::vector<int64_t>& offsets, int64_t first_key,
@@ -291,6 +283,30 @@ NB_MODULE(_native, m) {
                           counts ? static_cast<int64_t*>(counts->data) : nullptr);
         },
         "a"_a, "top_k"_a, "out"_a, "lse"_a, "index"_a, "counts"_a.none(), nb::call_guard<nb::gil_scoped_release>());
+  m.def("ternary_linear",
+        [](const View& codes, const View& alpha, int64_t rows, int64_t columns, const View& x, bool int8, const View& out,
+           int threads) {
+          ternary_linear(TernaryWeights{static_cast<const int32_t*>(codes.data), rows, columns, static_cast<const float*>(alpha.data),
+                                        alpha.shape[3] > 1 ? 1 : 0},
+                         x, int8, out, threads);
+        },
+        "codes"_a, "alpha"_a, "rows"_a, "columns"_a, "x"_a, "int8"_a, "out"_a, "threads"_a,
+        nb::call_guard<nb::gil_scoped_release>());
+  m.def("diagonal_scan",
+        [](const View& x, const View& a, const View& start, const View& out, bool reverse, int threads) {
+          diagonal_scan(x, static_cast<const float*>(a.data), static_cast<const float*>(start.data), out, reverse, threads);
+        },
+        "x"_a, "a"_a, "start"_a, "out"_a, "reverse"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("geometry", &geometry, "key"_a, "key_mask"_a.none(), "block_size"_a, "bits"_a, "scale_is_given"_a, "threads"_a, "count"_a,
+        "finite"_a, "mean"_a, "key_norm"_a, "radius"_a.none(), "low"_a.none(), "high"_a.none(), "planes"_a.none(),
+        "scale"_a.none(), "error"_a.none(), "metric_error"_a.none(), "channel_scale"_a.none(), "spectral"_a.none(),
+        "metric_spectral"_a.none(), nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<Gated>(m, "Gated").def_ro("entries", &Gated::entries).def_ro("tiles", &Gated::tiles).def("read", &read_gated);
+  m.def("select", &choose_prefill, "q"_a, "key"_a, "key_mask"_a.none(), "edges"_a.none(), "causal"_a, "window"_a.none(), "scale"_a,
+        "softcap"_a.none(), "scoring"_a, "bits"_a, "sketch_bits"_a, "round_queries"_a, "planes"_a.none(), "key_scale"_a.none(),
+        "channel_scale"_a.none(), "mean"_a.none(), "radius"_a.none(), "count"_a, "finite"_a, "rule"_a, "level"_a, "blocks"_a,
+        "block_size"_a, "query_tile"_a, "stride"_a, "heads"_a, "sinks"_a, "near"_a, "dense_above"_a, "threads"_a,
+        nb::call_guard<nb::gil_scoped_release>());
   m.def("level", &level);
   m.def("levels", &levels);
   m.def("force_level", &force_level);

@@ -13,7 +13,10 @@ from sieve_attn import patterns, scores, selection
 
 SOURCE = Path(sieve_attn.__file__).parent
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
-NAMES = {"AetherAttention", "AetherSparseAttentionConfig", "LLM", "aether_attention", "attend", "attention", "sparsify"}
+NAMES = {
+    "AetherAttention", "AetherSparseAttentionConfig", "LLM", "SparseCausalAttention", "TernaryLinear", "aether_attention",
+    "attend", "attention", "sparsify",
+}  # fmt: skip
 MODULES = {
     "aether",
     "certify",

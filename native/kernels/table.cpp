@@ -9,13 +9,16 @@ namespace SIEVE_LEVEL {
 extern const Kernels table;
 // clang-format off
 const Kernels table = {
-    attends_bf16(), pack_keys, pack_keys_bf16, pack_values_bf16, read_rows, attend, attend_bf16,
-    tile_scratch, finish_row, all_finite, put_row, gradient, gradient_scratch,
+    attends_bf16(), pack_keys,  pack_keys_bf16, pack_values_bf16, read_rows, attend, attend_bf16,
+    tile_scratch,   finish_row, all_finite,     put_row,          gradient,  gradient_scratch,
+    row_dots,       row_attend, row_slopes,     row_sum,          row_bias,
+    top_k,          top_k_product, block_bounds, upper_bounds,
+    ternary_tiles(), ternary_few_tokens(), ternary_many_blocks(), ternary_scratch_floats(), ternary_table_floats, ternary_tables,
+    ternary_few, ternary_split, ternary_many, ternary_round, ternary_write, ternary_few_int8, ternary_many_int8,
+    diagonal_scan,
     channel_scale, summarise, key_run_scratch,
     integer_tiles(), expand_codes, read_steps, prepare_lanes, score_keys, key_score_scratch, score_blocks,
     largest_share, largest, mark_above, mark_mass, kth_largest,
-    row_dots, row_attend, row_slopes, row_sum, row_bias,
-    top_k, top_k_product, block_bounds, upper_bounds,
 };
 // clang-format on
 

@@ -12,6 +12,8 @@ _NAMES = {
     "AetherAttention": "sieve_attn.layers",
     "AetherSparseAttentionConfig": "sieve_attn.llm",
     "LLM": "sieve_attn.llm",
+    "SparseCausalAttention": "sieve_attn.layers",
+    "TernaryLinear": "sieve_attn.layers",
     "aether_attention": "sieve_attn.torch",
     "attend": "sieve_attn.pipeline",
     "attention": "sieve_attn.pipeline",

@@ -1,5 +1,12 @@
 """PyTorch modules over the pipeline."""
 
 from sieve_attn.layers.aether import AetherAttention
+from sieve_attn.layers.paths import LocalPath, StatePath
+from sieve_attn.layers.sparse_causal import SparseCausalAttention
+from sieve_attn.layers.ternary import PackedTernaryLinear, TernaryLinear, pack_ternary
+from sieve_attn.layers.tilelli import TilelliBlock
 
-__all__ = ["AetherAttention"]
+__all__ = [
+    "AetherAttention", "LocalPath", "PackedTernaryLinear", "SparseCausalAttention", "StatePath", "TernaryLinear", "TilelliBlock",
+    "pack_ternary",
+]  # fmt: skip
