@@ -1,6 +1,7 @@
 // What a level offers: a table of functions over plain structures. Drivers (native/*.cpp) prepare the structures, split the
 // work over threads and own all memory; kernels (native/kernels/*.cpp) are compiled once per level.
 #pragma once
+#include "offset_tile.h"
 #include "view.h"
 
 namespace sieve {
@@ -77,6 +78,9 @@ struct Kernels {
 
   void (*gradient)(const TileGradient& g);
   int64_t (*gradient_scratch)(int32_t d, int32_t dv);
+
+  void (*attend_offsets)(const OffsetTile& t);
+  void (*gradient_offsets)(const OffsetGradient& g);
 };
 
 static inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

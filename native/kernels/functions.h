@@ -18,6 +18,8 @@ bool all_finite(const float* x, int64_t n);
 void put_row(const float* x, int64_t n, void* out, int64_t stride, DType dtype);
 void gradient(const TileGradient& g);
 int64_t gradient_scratch(int32_t d, int32_t dv);
+void attend_offsets(const OffsetTile& t);
+void gradient_offsets(const OffsetGradient& g);
 
 }  // namespace SIEVE_LEVEL
 }  // namespace sieve
