@@ -5,7 +5,7 @@
 
 namespace sieve {
 
-constexpr int OFFSET_CHUNK = 64;  // numbers that are softmaxed together; drivers cut lists at multiples of it
+constexpr int OFFSET_CHUNK = 32;  // numbers that are softmaxed together; drivers cut lists at multiples of it
 
 struct OffsetTile {
   int32_t rows;
