@@ -19,6 +19,7 @@ struct Tile {
   const int32_t* panel;      // [panels] numbers of key panels, increasing
   const uint16_t* keep;      // [panels] bit i: key i of the panel is selected
   const uint16_t* row_keep;  // [panels][rows] the same for every row, or null
+  bool rows_alone;           // row_keep is given and says everything: nothing else hides a key
   const uint8_t* masked;     // [panels] 0 where every row attends to every key of the panel
   const int64_t* low;        // [rows] the row sees keys low..high-1
   const int64_t* high;

@@ -81,7 +81,7 @@ static inline void shape_logits(const Tile& t, int n, int count, int r, float* s
   }
   for (int p = 0; p < count; ++p) {
     if (!t.masked[n + p]) continue;
-    const uint32_t bits = visible_bits(t, n + p, r);
+    const uint32_t bits = t.rows_alone ? t.row_keep[(int64_t)(n + p) * t.rows + r] : visible_bits(t, n + p, r);
     for (int j = 0; j < PANEL_VECS; ++j) {
       float* x = s + p * PANEL + j * LANES;
       store(x, select(lanes_of(bits, j * LANES), load(x), splat(-infinity)));

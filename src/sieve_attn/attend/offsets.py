@@ -27,8 +27,8 @@ MODULI = (30, 240)
 # nanoseconds a pair of one head of dimension 64, measured on one core: (diagonals, wheel), by level and whether it is bf16.
 # Only their ratio counts; the wheel pays for the pairs of its tiles, kept or not.
 COSTS = {
-    "amx": {"bfloat16": (4.0, 0.75), "": (4.0, 2.0)},
-    "avx512": {"": (4.0, 2.0)},
+    "amx": {"bfloat16": (4.0, 1.0), "": (4.0, 2.5)},
+    "avx512": {"": (4.0, 2.5)},
     "avx2": {"": (6.0, 4.0)},
     "portable": {"": (20.0, 14.0)},
 }
