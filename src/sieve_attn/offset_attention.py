@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -89,26 +88,25 @@ def offset_attention(
         raise checks.error("plan", f"must be one of {', '.join(stage.PLANS)}", repr(plan), "use 'auto'")
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     q_len, kv_len = query.shape[2], key.shape[2]
-    found = stage.reach(pattern, kv_len)
-    if found is None:
-        selection = pattern.selection(q_len, kv_len, causal=True)
-        output, lse = attend(query, key, value, selection, causal=True, scale=scale)
-        report = OffsetReport(repr(pattern), "attend", "blocks", 0, 0, 0, 0.0)
-        for name, asked in (("return_attention", return_attention), ("upstream_compat", upstream_compat), ("return_report", return_report)):
-            if asked:
-                raise checks.error(name, "needs a pattern of offsets, windows and first tokens", repr(pattern), "leave it out")
-    else:
-        offsets = _tensor(pattern, 1 << max(kv_len - 1, 1).bit_length())
-        output, lse = offset_op.offset_op(query, key, value, offsets, found.prefix, scale, plan)
+    if stage.made_of_offsets(pattern):
+        text = offset_op.text_of(pattern)
+        output, lse = offset_op.offset_op(query, key, value, text, scale, plan)
         if upstream_compat:
-            output, lse = _doubled(query, key, value, pattern, found, output, lse, scale)
+            output, lse = _doubled(query, key, value, pattern, output, lse, scale)
+    else:
+        asked = {"return_attention": return_attention, "upstream_compat": upstream_compat, "return_report": return_report}
+        for name in (name for name, given in asked.items() if given):
+            raise checks.error(name, "needs a pattern of offsets, windows and first tokens", repr(pattern), "leave it out")
+        selection = pattern.selection(q_len, kv_len, causal=True).beside(query)
+        output, lse = attend(query, key, value, selection, causal=True, scale=scale)
     results = [output]
     if return_lse:
         results.append(lse)
     if return_attention:
-        results.append(_weights(query, key, lse, found, scale, _window(pattern) if upstream_compat else 0))
+        results.append(_weights(query, key, lse, stage.reach(pattern, kv_len), scale, _window(pattern) if upstream_compat else 0))
     if return_report:
-        ran = offset_op.chosen(query, key, offsets, found.prefix, plan)
+        found = stage.reach(pattern, kv_len)
+        ran = offset_op.chosen(query, key, found, plan)
         pairs = found.pairs(q_len, kv_len)
         rows = min(q_len, kv_len)
         backend = "reference" if stage.why_not(query, value) else "native"
@@ -118,18 +116,14 @@ def offset_attention(
     return results[0] if len(results) == 1 else tuple(results)
 
 
-@lru_cache(maxsize=64)
-def _tensor(pattern: patterns.Pattern, limit: int) -> Tensor:
-    return torch.from_numpy(stage.reach(pattern, limit).offsets.copy())
-
-
 def _window(pattern: patterns.Pattern) -> int:
     """How many tokens before the query its window holds."""
     return max((p.tokens - 1 for p in patterns.base.members(pattern) if isinstance(p, patterns.Window)), default=0)
 
 
-def _doubled(query, key, value, pattern, found, output, lse, scale) -> tuple[Tensor, Tensor]:
+def _doubled(query, key, value, pattern, output, lse, scale) -> tuple[Tensor, Tensor]:
     """The first rows again, where global tokens lie inside of the window; no other row has any."""
+    found = stage.reach(pattern, key.shape[2])
     offset = key.shape[2] - query.shape[2]
     stop = min(found.prefix + _window(pattern), key.shape[2])
     first = max(offset, 0)
@@ -139,7 +133,7 @@ def _doubled(query, key, value, pattern, found, output, lse, scale) -> tuple[Ten
     bias = _log_counts(torch.arange(first, stop)[:, None], torch.arange(stop)[None, :], found.prefix, _window(pattern))
     out, sums = attend(
         query[:, :, rows], key[:, :, :stop], value[:, :, :stop], stage.selection_of(found, stop - first, stop), causal=True,
-        scale=scale, bias=bias.to(query.device, torch.float32)[None, None],
+        scale=scale, bias=bias.to(query.device, torch.promote_types(query.dtype, torch.float32))[None, None],
     )  # fmt: skip
     parts = [(x[:, :, : rows.start], y, x[:, :, rows.stop :]) for x, y in ((output, out), (lse, sums.to(lse.dtype)))]
     return tuple(torch.cat(p, 2) for p in parts)
@@ -148,7 +142,7 @@ def _doubled(query, key, value, pattern, found, output, lse, scale) -> tuple[Ten
 def _log_counts(position: Tensor, key: Tensor, prefix: int, window: int) -> Tensor:
     """ln 2 where a global token lies in the window of a later query."""
     twice = (key < prefix) & (key < position) & (key >= position - window)
-    return torch.where(twice, math.log(2.0), 0.0)
+    return twice.double() * math.log(2.0)
 
 
 @torch.no_grad()
@@ -174,7 +168,7 @@ def _weights(query: Tensor, key: Tensor, lse: Tensor, found: stage.Reach, scale:
         grouped = query[:, :, rows].to(wide).unflatten(1, (kv_heads, -1))
         logits = torch.einsum("bhgrd,bhrkd->bhgrk", grouped, keys).flatten(1, 2) * scale
         if doubled:
-            logits = logits + _log_counts(position[rows, None].to(place.device), place, found.prefix, doubled)
+            logits = logits + _log_counts(position[rows, None].to(place.device), place, found.prefix, doubled).to(wide)
         shift = lse[:, :, rows].to(wide)
         shift = torch.where(shift == -torch.inf, 0.0, shift)[..., None]
         weight[:, :, rows] = torch.where(place < kv_len, torch.exp(logits - shift), 0.0)

@@ -55,21 +55,24 @@ class Reach:
 
 def reach(pattern: Pattern, kv_len: int) -> Reach | None:
     """The pattern as a prefix and offsets up to a power of two above ``kv_len``; None if it is made of other things."""
-    return _reach(pattern, 1 << max(kv_len - 1, 1).bit_length())
+    return _reach(pattern, 1 << max(kv_len - 1, 1).bit_length()) if made_of_offsets(pattern) else None
+
+
+def made_of_offsets(pattern: Pattern) -> bool:
+    """Whether first tokens, windows and offsets are all there is."""
+    return all(isinstance(part, (Sinks, Window, OffsetSet)) for part in members(pattern))
 
 
 @lru_cache(maxsize=64)
-def _reach(pattern: Pattern, limit: int) -> Reach | None:
+def _reach(pattern: Pattern, limit: int) -> Reach:
     prefix, window, lists = 0, 0, []
     for part in members(pattern):
         if isinstance(part, Sinks):
             prefix = max(prefix, part.tokens)
         elif isinstance(part, Window):
             window = max(window, part.tokens)
-        elif isinstance(part, OffsetSet):
-            lists.append(part.up_to(limit))
         else:
-            return None
+            lists.append(part.up_to(limit))
     lists.append(np.arange(min(window, limit), dtype=np.int64))
     offsets = np.unique(np.concatenate(lists)).astype(np.int64)
     offsets.flags.writeable = False

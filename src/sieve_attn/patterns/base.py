@@ -44,7 +44,9 @@ class Pattern:
             from matplotlib import pyplot
         except ModuleNotFoundError as missing:
             remedy = "install it with `pip install 'sieve-attn[viz]'`"
-            raise ModuleNotFoundError(f"`plot` needs {missing.name}, which is not installed; {remedy}", name=missing.name) from None
+            raise ModuleNotFoundError(
+                f"`plot` needs {missing.name}, which is not installed; {remedy}", name=missing.name
+            ) from None
         ax = pyplot.subplots()[1] if ax is None else ax
         ax.imshow(self.to_dense(length), cmap="Greys", interpolation="nearest")
         ax.set_xlabel("key")

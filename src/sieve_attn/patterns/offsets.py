@@ -72,7 +72,9 @@ class OffsetPattern(OffsetSet):
         try:
             given = tuple(self.offsets)
         except TypeError:
-            raise error("offsets", "must be a sequence of integers", repr(self.offsets), "pass for example (1, 2, 4, 8)") from None
+            raise error(
+                "offsets", "must be a sequence of integers", repr(self.offsets), "pass for example (1, 2, 4, 8)"
+            ) from None
         if not given:
             raise error("offsets", "must hold at least one offset", "none", "pass for example (1, 2, 4, 8)")
         for s in given:

@@ -79,7 +79,9 @@ class RandomBlocks(Pattern):
 def _mixed(number: np.ndarray, n: int, seed: int) -> np.ndarray:
     """Non-negative pseudo-random int64 of each number (SplitMix64)."""
     with np.errstate(over="ignore"):
-        x = number.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64((n * 0xD1B54A32D192ED03 + seed * 0x2545F4914F6CDD1D) % 2**64)
+        x = number.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(
+            (n * 0xD1B54A32D192ED03 + seed * 0x2545F4914F6CDD1D) % 2**64
+        )
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
         return ((x ^ (x >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
