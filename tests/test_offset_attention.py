@@ -275,7 +275,7 @@ def test_bad_input_is_refused_in_words():
             call()
         for word in words:
             assert word in str(caught.value)
-    with pytest.raises(AttributeError, match="offers .*offset_attention"):
+    with pytest.raises(AttributeError, match=r"offers .*offset_attention"):
         functional.nonsense  # noqa: B018
 
 

@@ -19,7 +19,8 @@ from sieve_attn.testing import PatternContract
 
 EVERY = [
     Primes(), Primes(3), Squares(), Squares(2), MianChowla(), MianChowla(4), Fibonacci(), Dilated(3, 5), GlobalTokens(2),
-    OffsetPattern((1, 6, 20)), RandomBlocks(2, 4), RandomBlocks(1, 8, seed=3, window=2, global_blocks=1), RandomBlocks(0, 5, window=1),
+    OffsetPattern((1, 6, 20)), RandomBlocks(2, 4), RandomBlocks(1, 8, seed=3, window=2, global_blocks=1),
+    RandomBlocks(0, 5, window=1),
 ]  # fmt: skip
 
 

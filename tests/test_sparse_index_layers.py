@@ -26,7 +26,7 @@ def level(request):
 
 def plain(layer, x, offsets):
     """The layer as its paper says it, with 1-based positions and one loop over queries."""
-    batch, length, width = x.shape
+    _, length, width = x.shape
     heads, dim = layer.heads, width // layer.heads
     qkv = x @ layer.in_proj.weight.T + layer.in_proj.bias
     out = torch.zeros_like(x)

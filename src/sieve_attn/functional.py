@@ -4,7 +4,7 @@ from importlib import import_module
 
 from sieve_attn.pipeline import attend, attention
 
-__all__ = ["attend", "attention", "offset_attention"]
+__all__ = ["attend", "attention", "offset_attention"]  # noqa: F822
 
 
 def __getattr__(name):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sieve_attn import checks, native, patterns
+from sieve_attn import checks, patterns
 from sieve_attn.arrays import torch_ops
 from sieve_attn.attend import offset_op
 from sieve_attn.attend import offsets as stage

@@ -117,7 +117,7 @@ class SparseIndexAttention(nn.Module):
         return KeyValueCache(_Buffer(like.new_empty(shape, device=device, dtype=dtype), 0), 0)
 
     def step(self, x: Tensor, cache: KeyValueCache, *, return_attention: bool = False) -> Any:
-        """``(y, cache)`` for the next tokens ``x`` [batch, new, embed_dim]: the rows that ``forward`` gives for the whole sequence.
+        """``(y, cache)`` of the next tokens ``x`` [batch, new, embed_dim]: the rows that ``forward`` gives for the whole.
 
         With ``return_attention``: ``(y, weights, cache)``.
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class OffsetPattern(OffsetSet):
         for s in given:
             positive_int("offsets", s, "the query's own key belongs to a window: add `| Window(1)`")
         whole = tuple(int(s) for s in given)
-        for before, after in zip(whole, whole[1:], strict=False):
+        for before, after in pairwise(whole):
             if after <= before:
                 raise error("offsets", "must increase", f"{after} after {before}", "pass sorted(set(offsets))")
         object.__setattr__(self, "offsets", whole)

@@ -36,7 +36,7 @@ class RandomBlocks(Pattern):
         positive_int("global_blocks", self.global_blocks, "use 0 for none", least=0)
 
     def drawn(self, first: int, last: int) -> np.ndarray:
-        """[last - first, blocks] int64: the earlier blocks that query blocks ``first .. last - 1`` draw, -1 where there are fewer."""
+        """[last - first, blocks] int64: what query blocks ``first .. last - 1`` draw, -1 where fewer lie before them."""
         number = np.arange(first, last, dtype=np.int64)
         out = np.full((len(number), self.blocks), -1, np.int64)
         for n in range(self.blocks):
