@@ -165,9 +165,11 @@ void attend_wheel(const OffsetAttention& a, const Wheel& wheel, const View& out,
       const View q = every(a.q, b, h, p - offset, m, rows);
       if (bf16) {
         uint16_t* to = reinterpret_cast<uint16_t*>(w.packed.get());
-        for (int64_t r = 0; r < up(rows, 16); ++r)
-          for (int64_t e = 0; e < wide_d; ++e, ++to)
-            *to = r < rows && e < dim ? *reinterpret_cast<const uint16_t*>(at(q, 0, 0, r, e)) : uint16_t{0};
+        for (int64_t r = 0; r < up(rows, 16); ++r, to += wide_d) {
+          int64_t e = 0;
+          if (r < rows && q.stride[3] == 1) std::memcpy(to, at(q, 0, 0, r, 0), (e = dim) * 2);
+          for (; e < wide_d; ++e) to[e] = r < rows && e < dim ? *reinterpret_cast<const uint16_t*>(at(q, 0, 0, r, e)) : uint16_t{0};
+        }
       } else {
         kernel.read_rows(q, 0, 0, 0, rows, dim, false, reinterpret_cast<float*>(w.packed.get()));
       }
