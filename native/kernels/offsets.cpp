@@ -49,15 +49,17 @@ static inline vf sums_of(vf x[GROUP]) {
 #endif
 }
 
-// s[0..up(n, GROUP)) = a . row[list[g]]; what lies behind n repeats the last row. N vectors a row, or `width` floats where N is 0.
+// s[0..n) = a . row[list[g]]; what lies behind n, up to a multiple of GROUP, is undefined. N vectors a row, or `width` floats where N is 0.
 template <int N>
-static inline void dots(const float* a, const float* rows, int64_t step, const int64_t* list, int n, int width, float* s) {
+static inline __attribute__((always_inline)) void dots(const float* a, const float* rows, int64_t step, const int64_t* list, int n, int width, float* s) {
   constexpr int REGS = N ? N : 1;
   vf q[REGS];
   if constexpr (N > 0)
 #pragma GCC unroll 8
     for (int c = 0; c < N; ++c) q[c] = load(a + c * LANES);
-  for (int g = 0; g < n; g += GROUP) {
+  int g = 0;
+  for (; g < n; g += GROUP) {
+    if (n - g <= GROUP / 4) break;  // a few are summed one by one
     vf x[GROUP];
 #pragma GCC unroll 16
     for (int i = 0; i < GROUP; ++i) {
@@ -76,11 +78,22 @@ static inline void dots(const float* a, const float* rows, int64_t step, const i
     }
     store(s + g, sums_of(x));
   }
+  for (; g < n; ++g) {
+    const float* key = rows + list[g] * step;
+    vf t = vf{};
+    if constexpr (N > 0) {
+#pragma GCC unroll 8
+      for (int c = 0; c < N; ++c) t += q[c] * load(key + c * LANES);
+    } else {
+      for (int c = 0; c < width; c += LANES) t += load(a + c) * load(key + c);
+    }
+    s[g] = sum(t);
+  }
 }
 
 // out += sum_g weight[g] * row[list[g]]
 template <int N>
-static inline void gather(const float* weight, const float* rows, int64_t step, const int64_t* list, int n, int width, float* out) {
+static inline __attribute__((always_inline)) void gather(const float* weight, const float* rows, int64_t step, const int64_t* list, int n, int width, float* out) {
   if constexpr (N > 0) {
     vf even[N], odd[N];  // two chains hide the latency of the sums
 #pragma GCC unroll 8
@@ -125,11 +138,17 @@ static void attend_rows(const OffsetTile& t) {
     OffsetTile part = t;
     part.list = t.list + from;
     part.count = t.count - from < OFFSET_CHUNK ? t.count - from : OFFSET_CHUNK;
+    // distances in floats, so that the inner loops add and do not multiply
+    int64_t key_at[OFFSET_CHUNK], value_at[OFFSET_CHUNK];
+    for (int i = 0; i < part.count; ++i) {
+      key_at[i] = part.list[i] * t.k_step;
+      value_at[i] = part.list[i] * t.v_step;
+    }
     int n = 0;
     for (int r = 0; r < t.rows; ++r) {
       n = reach(part, n, t.limit + r * t.limit_step);
       if (n == 0) continue;
-      dots<D>(t.q + (int64_t)r * t.d, t.k + r * t.k_row, t.k_step, part.list, n, t.d, s);
+      dots<D>(t.q + (int64_t)r * t.d, t.k + r * t.k_row, 1, key_at, n, t.d, s);
       const int padded = (n + GROUP - 1) / GROUP * GROUP;
       for (int i = n; i < padded; ++i) s[i] = -infinity;
       vf most = load(s);
@@ -152,7 +171,7 @@ static void attend_rows(const OffsetTile& t) {
         total += p;
       }
       t.l[r] += sum(total);
-      gather<V>(s, t.v + r * t.v_row, t.v_step, part.list, n, t.dv, o);
+      gather<V>(s, t.v + r * t.v_row, 1, value_at, n, t.dv, o);
     }
   }
 }
