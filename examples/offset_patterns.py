@@ -172,7 +172,9 @@ def write(rows: list[dict], given: argparse.Namespace, sample: str) -> None:
     ]
     dense = next((row["loss"] for row in rows if row["name"] == "dense"), rows[0]["loss"])
     for row in sorted(rows, key=lambda r: r["loss"]):
-        lines.append(f"| {row['name']} | {row['density']:.1%} | {row['loss']:.3f} | {row['loss'] - dense:+.3f} | {row['ms']:.1f} |")
+        lines.append(
+            f"| {row['name']} | {row['density']:.1%} | {row['loss']:.3f} | {row['loss'] - dense:+.3f} | {row['ms']:.1f} |"
+        )
     lines += ["", "Time is that of a whole training step; at this length it says little about attention alone.", ""]
     lines += ["Sampled with cached steps from the primes model:", "", "```", sample, "```", ""]
     given.out.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ namespace sieve {
 namespace {
 
 constexpr int64_t TILE = 512;                        // query rows that slide over a chunk of the list together
-constexpr int64_t GRADIENT_TILE = 128;               // fewer: their weights and slopes are held
+constexpr int64_t GRADIENT_TILE = 512;               // their weights and slopes are held for a chunk
 constexpr int64_t COPIED_BYTES = int64_t{1} << 27;   // heads whose copies are held at a time
 
 struct Space {

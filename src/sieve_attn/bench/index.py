@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-
-from sieve_attn import patterns, policies
-from sieve_attn.bench import peers, truth
 from sieve_attn.bench.cases import Case
 from sieve_attn.bench.inputs import inputs
 from sieve_attn.bench.prepared import Prepared
 from sieve_attn.bench.rows import Target
 from sieve_attn.bench.settings import Settings
+
+from sieve_attn import patterns, policies
+from sieve_attn.bench import peers, truth
 from sieve_attn.functional import offset_attention
 
 LENGTH = 16_384
@@ -52,11 +52,18 @@ def index(case: Case, settings: Settings) -> Prepared:
     plan = what if what in PLANS else "auto"
     report = offset_attention(query, key, value, pattern, plan=plan, return_report=True)[1]
     selection = pattern.selection(case.q_len, case.kv_len, causal=True)
-    note = f"{case.name}: {report.plan}" + (f" modulo {report.modulus}, {report.tiled_residues} residues" if report.modulus else "")
+    note = f"{case.name}: {report.plan}" + (
+        f" modulo {report.modulus}, {report.tiled_residues} residues" if report.modulus else ""
+    )
 
     def check(result: Any) -> tuple[str, dict[str, Any]]:
         wrong, dropped = truth.check_attention(*result, query, key, value, selection, causal=True)
-        return wrong, {"backend": report.backend, "density": report.density, "ideal": 1.0 / report.density, "dropped_mass": dropped}
+        return wrong, {
+            "backend": report.backend,
+            "density": report.density,
+            "ideal": 1.0 / report.density,
+            "dropped_mass": dropped,
+        }
 
     return Prepared(
         lambda: offset_attention(query, key, value, pattern, plan=plan, return_lse=True),
