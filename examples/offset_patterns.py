@@ -162,10 +162,10 @@ def train(name: str, pattern, given: argparse.Namespace, data: Tensor, held_out:
 def write(rows: list[dict], given: argparse.Namespace, sample: str) -> None:
     lines = ["# Position patterns at equal density", ""]
     lines += [
-        f"A byte model of {given.layers} layers (width {given.width}, {given.heads} heads, {given.length} bytes of context), trained "
-        f"for {given.steps} steps of {given.batch} sequences on the Python {platform.python_version()} standard library; losses are "
-        "those of held-out modules, in nats a byte, lower is better. Same seed, batches and parameters in every row. Made by "
-        "`python examples/offset_patterns.py`.",
+        f"A byte model of {given.layers} layers (width {given.width}, {given.heads} heads, {given.length} bytes of context), "
+        f"trained for {given.steps} steps of {given.batch} sequences on the Python {platform.python_version()} standard library; "
+        "losses are those of held-out modules, in nats a byte, lower is better. Same seed, batches and parameters in every row. "
+        "Made by `python examples/offset_patterns.py`.",
         "",
         "| pattern | density | held-out loss | over dense | ms a step |",
         "|---|---|---|---|---|",
