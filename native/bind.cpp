@@ -17,6 +17,7 @@
 #include "scan.h"
 #include "ternary.h"
 #include "top_k.h"
+#include "offsets.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -112,6 +113,17 @@ void choose_blocks(Attention& a, const View& row_ptr, const View& block_index, s
   a.choice.q_block = q_block;
   a.choice.kv_block = kv_block;
   a.choice.lead = lead;
+}
+
+OffsetAttention offset_attention(const View& q, const View& k, const View& v, const View& offsets, int64_t prefix, float scale,
+                                 int threads) {
+  const int64_t* list = static_cast<const int64_t*>(offsets.data);
+  const int64_t count = offsets.shape[3];
+  for (int64_t i = 0; i < count; ++i)
+    if (list[i] < (i ? list[i - 1] + 1 : 0)) throw std::invalid_argument("`offsets` must increase from 0 or above");
+  // what no query reaches is left out
+  const int64_t reached = std::lower_bound(list, list + count, k.shape[2]) - list;
+  return {q, k, v, list, reached, std::min(prefix, k.shape[2]), scale, threads};
 }
 
 void choose_ranges(Attention& a, int64_t prefix, int64_t window, bool two_sided) {
@@ -307,6 +319,30 @@ NB_MODULE(_native, m) {
         "channel_scale"_a.none(), "mean"_a.none(), "radius"_a.none(), "count"_a, "finite"_a, "rule"_a, "level"_a, "blocks"_a,
         "block_size"_a, "query_tile"_a, "stride"_a, "heads"_a, "sinks"_a, "near"_a, "dense_above"_a, "threads"_a,
         nb::call_guard<nb::gil_scoped_release>());
+  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  m.def("attend_offsets",
+        [](const View& q, const View& k, const View& v, const View& offsets, int64_t prefix, float scale, int threads,
+           const View& out, const View& lse) {
+          attend_offsets(offset_attention(q, k, v, offsets, prefix, scale, threads), out, static_cast<float*>(lse.data));
+        },
+        released);
+  m.def("attend_wheel",
+        [](const View& q, const View& k, const View& v, const View& offsets, int64_t prefix, float scale, int threads,
+           int64_t modulus, const View& residues, const View& out, const View& lse) {
+          const Wheel w{modulus, static_cast<const int64_t*>(residues.data), residues.shape[3]};
+          for (int64_t i = 0; i < w.residue_count; ++i)
+            if (w.residues[i] < (i ? w.residues[i - 1] + 1 : 0) || w.residues[i] >= modulus)
+              throw std::invalid_argument("`residues` must increase and lie below the modulus");
+          attend_wheel(offset_attention(q, k, v, offsets, prefix, scale, threads), w, out, static_cast<float*>(lse.data));
+        },
+        released);
+  m.def("attend_offsets_backward",
+        [](const View& q, const View& k, const View& v, const View& offsets, int64_t prefix, float scale, int threads,
+           const View& d_out, const View& lse, const View& shift, const View& dq, const View& dk, const View& dv) {
+          attend_offsets_backward(offset_attention(q, k, v, offsets, prefix, scale, threads),
+                                  OffsetGradients{d_out, static_cast<float*>(lse.data), static_cast<float*>(shift.data), dq, dk, dv});
+        },
+        released);
   m.def("level", &level);
   m.def("levels", &levels);
   m.def("force_level", &force_level);

@@ -1,6 +1,7 @@
 // What a level offers: a table of functions over plain structures. Drivers (native/*.cpp) prepare the structures, split the
 // work over threads and own all memory; kernels (native/kernels/*.cpp) are compiled once per level.
 #pragma once
+#include "offset_tile.h"
 #include "view.h"
 
 namespace sieve {
@@ -19,6 +20,7 @@ struct Tile {
   const int32_t* panel;      // [panels] numbers of key panels, increasing
   const uint16_t* keep;      // [panels] bit i: key i of the panel is selected
   const uint16_t* row_keep;  // [panels][rows] the same for every row, or null
+  bool rows_alone;           // row_keep is given and says everything: nothing else hides a key
   const uint8_t* masked;     // [panels] 0 where every row attends to every key of the panel
   const int64_t* low;        // [rows] the row sees keys low..high-1
   const int64_t* high;
@@ -216,6 +218,8 @@ struct Kernels {
                     float* weights);  // weights: blocks * 17 floats
   // the k-th largest of n numbers, none NaN, 1 <= k <= n
   float (*kth_largest)(const float* x, int64_t n, int64_t k);
+  void (*attend_offsets)(const OffsetTile& t);
+  void (*gradient_offsets)(const OffsetGradient& g);
 };
 
 static inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

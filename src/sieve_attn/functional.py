@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from time import perf_counter
 from typing import Any
 
@@ -11,7 +12,7 @@ from sieve_attn.pipeline import attend, attention
 from sieve_attn.policies import Policy
 from sieve_attn.types import Call, Report, Selection, Tokens
 
-__all__ = ["attend", "attention", "top_k_attention"]
+__all__ = ["attend", "attention", "offset_attention", "top_k_attention"]  # noqa: F822
 
 Array = Any
 
@@ -99,3 +100,10 @@ def _report(
         seconds=seconds, selection=selection,
         certify=lambda: pipeline.certificate(call, selection, Policy(), output, lse, backend=backend),
     )  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    # over PyTorch, which the others do not need
+    if name == "offset_attention":
+        return import_module("sieve_attn.offset_attention").offset_attention
+    raise AttributeError(f"module 'sieve_attn.functional' has no attribute {name!r}; it offers {', '.join(__all__)}")
