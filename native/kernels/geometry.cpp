@@ -31,11 +31,22 @@ static inline float most(vf x) {
 static inline vf size_of(vf x) { return (vf)((vi)x & splat_int(0x7fffffff)); }
 static inline vf floor_of(vf x) { return __builtin_convertvector(__builtin_convertvector(x, vi), vf); }  // 0 <= x < 2^31
 
+// a * b + c, rounded once where there is an instruction for it: for what is compared, not stored
+static inline vf fused(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 static inline float square_sum(const float* x, int wide) {
   vf total = vf{};
   for (int i = 0; i < wide; i += LANES) {
     const vf y = load(x + i);
-    total += y * y;
+    total = fused(y, y, total);
   }
   return sum(total);
 }
@@ -132,7 +143,7 @@ struct Quantiser {
   const float* scale;    // [wide], 1 behind the last channel
   const float* inverse;  // [wide] or null where 1 / scale could leave the normal numbers
   const float* live;     // [wide] all ones as bits, 0 behind the last channel
-  float clip[5];
+  float clip[8];  // zeros behind the last
 };
 
 static void clips_of(int bits, Quantiser& s) {
@@ -160,15 +171,26 @@ static inline uint16_t sketch_key(const Quantiser& s, const float* key, bool val
   }
   const float peak = most(peaks);
   const vf half = splat(s.top + 0.5f), top = splat(s.top), highest = splat(s.levels);
-  uint16_t rounded[Clips];
-  float steps[Clips], inverse[Clips], losses[Clips < 4 ? 4 : Clips + 3];
-#pragma GCC unroll 5
+  uint16_t rounded[8];
+  float steps[8], inverse[8], losses[8];
+#if defined(__AVX2__)
+  {
+    const __m256 wished = _mm256_div_ps(_mm256_mul_ps(_mm256_loadu_ps(s.clip), _mm256_set1_ps(peak)), _mm256_set1_ps(s.top));
+    const __m128i halves = _mm256_cvtps_ph(_mm256_min_ps(wished, _mm256_set1_ps(LARGEST_HALF)), _MM_FROUND_TO_NEAREST_INT);
+    const __m256 wide = _mm256_cvtph_ps(halves), one = _mm256_set1_ps(1.0f);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(rounded), halves);
+    _mm256_storeu_ps(steps, wide);
+    const __m256 divisor = _mm256_blendv_ps(one, wide, _mm256_cmp_ps(wide, _mm256_setzero_ps(), _CMP_GT_OQ));
+    _mm256_storeu_ps(inverse, _mm256_div_ps(one, divisor));
+  }
+#else
   for (int k = 0; k < Clips; ++k) {
     const float wished = s.clip[k] * peak / s.top;
     rounded[k] = to_f16(wished < LARGEST_HALF ? wished : LARGEST_HALF);
     steps[k] = from_f16(rounded[k]);
     inverse[k] = 1.0f / (steps[k] > 0.0f ? steps[k] : 1.0f);
   }
+#endif
   vf lost[Clips < 4 ? 4 : Clips];
 #pragma GCC unroll 5
   for (int k = 0; k < (Clips < 4 ? 4 : Clips); ++k) {
@@ -176,12 +198,10 @@ static inline uint16_t sketch_key(const Quantiser& s, const float* key, bool val
     if (k >= Clips) continue;
     const vf by = splat(inverse[k]), w = splat(steps[k]);
     for (int i = 0; i < n; ++i) {
-      vf code = white[i] * by + half;
-      code = code > vf{} ? code : vf{};
-      code = floor_of(code < highest ? code : highest);
-      vf apart = (code - top) * w - white[i];
+      const vf code = floor_of(min_(max_(fused(white[i], by, half), vf{}), highest));
+      vf apart = fused(code - top, w, -white[i]);
       if (s.live) apart = (vf)((vi)apart & (vi)load(s.live + i * LANES));
-      lost[k] += apart * apart;
+      lost[k] = fused(apart, apart, lost[k]);
     }
   }
   sum_four(lost[0], lost[1], lost[2], lost[3], losses);
@@ -198,9 +218,7 @@ static inline uint16_t sketch_key(const Quantiser& s, const float* key, bool val
   const vf w = splat(wide), by = splat(wide > 0.0f ? wide : 1.0f);
   vf squares = vf{}, metric_sum = vf{};
   for (int i = 0; i < n; ++i) {
-    vf code = white[i] / by + half;
-    code = code > vf{} ? code : vf{};
-    const vi whole = __builtin_convertvector(code < highest ? code : highest, vi);
+    const vi whole = __builtin_convertvector(min_(max_(white[i] / by + half, vf{}), highest), vi);
 #if defined(__AVX512F__)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i * LANES), _mm512_cvtepi32_epi8((__m512i)whole));
 #else
@@ -213,8 +231,8 @@ static inline uint16_t sketch_key(const Quantiser& s, const float* key, bool val
     store(error + i * LANES, e);
     const vf m = s.inverse ? e * load(s.inverse + i * LANES) : e / a;
     store(metric + i * LANES, m);
-    squares += e * e;
-    metric_sum += m * m;
+    squares = fused(e, e, squares);
+    metric_sum = fused(m, m, metric_sum);
   }
   store(error_squares, squares);
   store(metric_squares, metric_sum);
