@@ -28,6 +28,16 @@ static inline float most(vf x) {
 #endif
 }
 
+static inline bool any_lane(vi x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#else
+  int32_t all = 0;
+  for (int l = 0; l < LANES; ++l) all |= x[l];
+  return all != 0;
+#endif
+}
+
 static inline vf size_of(vf x) { return (vf)((vi)x & splat_int(0x7fffffff)); }
 static inline vf floor_of(vf x) { return __builtin_convertvector(__builtin_convertvector(x, vi), vf); }  // 0 <= x < 2^31
 
@@ -141,7 +151,8 @@ struct Quantiser {
   int wide, d;
   float top, levels;  // (2^bits - 1) / 2 and 2^bits - 1
   const float* scale;    // [wide], 1 behind the last channel
-  const float* inverse;  // [wide] or null where 1 / scale could leave the normal numbers
+  const float* inverse;  // [wide]
+  bool extreme;          // 1 / scale may leave the normal numbers: divide
   const float* live;     // [wide] all ones as bits, 0 behind the last channel
   float clip[8];  // zeros behind the last
 };
@@ -159,7 +170,7 @@ static void clips_of(int bits, Quantiser& s) {
 
 // One key: its codes, its scale, what the codes lose (`error`, also over the channel scale) and the squares of that, to be summed
 // over lanes. Vectors is wide / LANES, or 0; Clips how many there are.
-template <int Vectors, int Clips>
+template <int Vectors, int Clips, bool Ragged>
 static inline uint16_t sketch_key(const Quantiser& s, const float* key, bool valid, uint8_t* codes, float* error, float* metric,
                                   float* error_squares, float* metric_squares) {
   const int n = Vectors ? Vectors : s.wide / LANES;
@@ -171,6 +182,7 @@ static inline uint16_t sketch_key(const Quantiser& s, const float* key, bool val
   }
   const float peak = most(peaks);
   const vf half = splat(s.top + 0.5f), top = splat(s.top), highest = splat(s.levels);
+  const vi counts = splat_int(valid ? -1 : 0);
   uint16_t rounded[8];
   float steps[8], inverse[8], losses[8];
 #if defined(__AVX2__)
@@ -200,44 +212,62 @@ static inline uint16_t sketch_key(const Quantiser& s, const float* key, bool val
     for (int i = 0; i < n; ++i) {
       const vf code = floor_of(min_(max_(fused(white[i], by, half), vf{}), highest));
       vf apart = fused(code - top, w, -white[i]);
-      if (s.live) apart = (vf)((vi)apart & (vi)load(s.live + i * LANES));
+      if (Ragged) apart = (vf)((vi)apart & (vi)load(s.live + i * LANES));
       lost[k] = fused(apart, apart, lost[k]);
     }
   }
   sum_four(lost[0], lost[1], lost[2], lost[3], losses);
   if constexpr (Clips > 4) losses[4] = sum(lost[4]);
   float least = losses[0];
-  uint16_t step = rounded[0];
+  int best = 0;
 #pragma GCC unroll 5
   for (int k = 1; k < Clips; ++k) {
-    const bool better = losses[k] < least;
-    least = better ? losses[k] : least;
-    step = better ? rounded[k] : step;
+    const int better = -(int)(losses[k] < least);  // a branch would be guessed wrong every other time
+    least = losses[k] < least ? losses[k] : least;
+    best = (best & ~better) | (k & better);
   }
-  const float wide = from_f16(step);
-  const vf w = splat(wide), by = splat(wide > 0.0f ? wide : 1.0f);
+  // The code is the floor of a quotient. A product by the inverse gives the same but next to an integer: there it is divided.
+  const float wide = steps[best];
+  const vf w = splat(wide), by = splat(inverse[best]), divisor = splat(wide > 0.0f ? wide : 1.0f);
+  const vf close = splat((s.levels + 1.0f) * 1e-6f);
+  vi doubtful = vi{};
+  vf level[Vectors ? Vectors : MAX_VECTORS];
+  for (int i = 0; i < n; ++i) {
+    const vf quotient = fused(white[i], by, half);
+    doubtful |= size_of(quotient - round_even(quotient)) < close;
+    level[i] = min_(max_(quotient, vf{}), highest);
+  }
+  if (any_lane(doubtful))
+    for (int i = 0; i < n; ++i) level[i] = min_(max_(white[i] / divisor + half, vf{}), highest);
   vf squares = vf{}, metric_sum = vf{};
   for (int i = 0; i < n; ++i) {
-    const vi whole = __builtin_convertvector(min_(max_(white[i] / by + half, vf{}), highest), vi);
+    const vi whole = __builtin_convertvector(level[i], vi);
 #if defined(__AVX512F__)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i * LANES), _mm512_cvtepi32_epi8((__m512i)whole));
 #else
     for (int l = 0; l < LANES; ++l) codes[i * LANES + l] = (uint8_t)whole[l];
 #endif
-    const vf a = load(s.scale + i * LANES);
-    vf e = load(key + i * LANES) - (__builtin_convertvector(whole, vf) - top) * w * a;
-    if (s.live) e = (vf)((vi)e & (vi)load(s.live + i * LANES));
-    if (!valid) e = vf{};
+    vf e = load(key + i * LANES) - (__builtin_convertvector(whole, vf) - top) * w * load(s.scale + i * LANES);
+    if (Ragged) e = (vf)((vi)e & (vi)load(s.live + i * LANES));
+    e = (vf)((vi)e & counts);
     store(error + i * LANES, e);
-    const vf m = s.inverse ? e * load(s.inverse + i * LANES) : e / a;
+    const vf m = e * load(s.inverse + i * LANES);
     store(metric + i * LANES, m);
     squares = fused(e, e, squares);
     metric_sum = fused(m, m, metric_sum);
   }
+  if (__builtin_expect(s.extreme, 0)) {
+    metric_sum = vf{};
+    for (int i = 0; i < n; ++i) {
+      const vf m = load(error + i * LANES) / load(s.scale + i * LANES);
+      store(metric + i * LANES, m);
+      metric_sum = fused(m, m, metric_sum);
+    }
+  }
   store(error_squares, squares);
   store(metric_squares, metric_sum);
   for (int i = s.d; i < s.wide; ++i) codes[i] = 0;
-  return step;
+  return rounded[best];
 }
 
 // Codes [d up to 16] to bit planes, most significant plane first and the first channel in the highest bit of its byte.
@@ -323,7 +353,7 @@ static inline float reach(const float* rows, const uint8_t* valid, int n, int wi
   return usual > careful ? usual : careful;
 }
 
-template <int Vectors, int Clips>
+template <int Vectors, int Clips, bool Ragged>
 static void summarise_run(const KeyRun& r) {
   const int wide = (int)up(r.d, 16), size = (int)r.block_size;
   float* rows = r.scratch;
@@ -349,12 +379,12 @@ static void summarise_run(const KeyRun& r) {
     s.inverse = inverse;
     for (int c = 0; c < wide; ++c) {
       scale[c] = c < r.d ? r.channel_scale[c] : 1.0f;
-      if (!(scale[c] > 1e-30f && scale[c] < 1e30f)) s.inverse = nullptr;
+      if (!(scale[c] > 1e-30f && scale[c] < 1e30f)) s.extreme = true;
       inverse[c] = 1.0f / scale[c];
       const int32_t ones = c < r.d ? -1 : 0;
       memcpy(live + c, &ones, 4);
     }
-    s.live = r.d < wide ? live : nullptr;
+    s.live = live;
   }
   uint8_t small[256];
   float partials[4 * LANES], *partial = partials;
@@ -403,7 +433,7 @@ static void summarise_run(const KeyRun& r) {
       const int64_t j = first + i;
       float* e = error + (int64_t)i * wide;
       float* m = metric + (int64_t)i * wide;
-      r.scale[j] = sketch_key<Vectors, Clips>(s, rows + (int64_t)i * wide, valid[i], codes, e, m, partial, partial + LANES);
+      r.scale[j] = sketch_key<Vectors, Clips, Ragged>(s, rows + (int64_t)i * wide, valid[i], codes, e, m, partial, partial + LANES);
       pack_planes(codes, r.d, r.bits, r.planes + j * bytes, r.plane_stride);
       partial += 2 * LANES;
       if (i % 2 == 0 && i + 1 < n) continue;
@@ -426,25 +456,24 @@ static void summarise_run(const KeyRun& r) {
   }
 }
 
-template <int Vectors>
+template <int Vectors, bool Ragged>
 static void summarise_with(const KeyRun& r) {
   // as many clips as clips_of gives
   if (r.bits == 4)
-    summarise_run<Vectors, 4>(r);
+    summarise_run<Vectors, 4, Ragged>(r);
   else if (r.bits >= 1 && r.bits <= 3)
-    summarise_run<Vectors, 5>(r);
+    summarise_run<Vectors, 5, Ragged>(r);
   else
-    summarise_run<Vectors, 2>(r);
+    summarise_run<Vectors, 2, Ragged>(r);
 }
 
 void summarise(const KeyRun& r) {
-  const int64_t wide = up(r.d, 16);
-  if (wide == 64)
-    summarise_with<64 / LANES>(r);
-  else if (wide == 128)
-    summarise_with<128 / LANES>(r);
+  if (r.d == 64)
+    summarise_with<64 / LANES, false>(r);
+  else if (r.d == 128)
+    summarise_with<128 / LANES, false>(r);
   else
-    summarise_with<0>(r);
+    summarise_with<0, true>(r);
 }
 
 }  // namespace SIEVE_LEVEL
