@@ -259,11 +259,7 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspac
       // blocks that only queries between the strides see rank last, before the invisible ones
       for (int64_t n = f.from; n < f.to; ++n) best[n] = std::max(best[n], LOWEST);
       unseen([&](int64_t n) { best[n] = -INFINITE; });
-      const float last = k_.kth_largest(best + f.from, f.to - f.from, wanted);
-      int64_t left = wanted;
-      for (int64_t n = f.from; n < f.to; ++n) left -= best[n] > last;
-      for (int64_t n = f.from; n < f.to; ++n)
-        if (best[n] > last || (best[n] == last && left-- > 0)) marks[n] = 1;
+      k_.mark_largest(best + f.from, f.to - f.from, wanted, marks + f.from);
     }
   }
   for (int64_t block : f.forced) marks[block] = 1;
@@ -298,11 +294,27 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspac
                   });
   }
 
+  std::vector<int32_t>& list = out.list[item];
+  auto collect = [&] {
+    list.clear();
+    int64_t n = f.from;
+    for (; n + 8 <= f.to; n += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, marks + n, 8);
+      if (!eight) continue;
+      for (int64_t i = n; i < n + 8; ++i)
+        if (marks[i]) list.push_back(static_cast<int32_t>(i));
+    }
+    for (; n < f.to; ++n)
+      if (marks[n]) list.push_back(static_cast<int32_t>(n));
+  };
+  list.reserve(std::min(seen, wanted + static_cast<int64_t>(f.forced.size())));
+  collect();
   int64_t kept = 0;
+  for (int32_t n : list)
+    if (n >= f.whole_from && n < f.whole_to) kept += weight(b, n);
   for (size_t e = 0; e < f.edge.size(); ++e)
     if (marks[f.edge[e]]) kept += f.edge_weight[e];
-  for (int64_t n = f.whole_from; n < f.whole_to; ++n)
-    if (marks[n]) kept += weight(b, n);
   bool dense = false;
   if (t_.rule == KEEP_MASS && t_.dense_above < 1.0 &&
       static_cast<float>(kept) > static_cast<float>(t_.dense_above) * static_cast<float>(every)) {
@@ -310,16 +322,11 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspac
     kept = every;
     std::memset(marks + f.from, 1, f.to - f.from);
     unseen([&](int64_t n) { marks[n] = 0; });
+    collect();
   }
   out.kept[item] = kept;
   out.visible[item] = every;
   out.dense[item] = dense;
-  std::vector<int32_t>& list = out.list[item];
-  int64_t chosen = 0;
-  for (int64_t n = f.from; n < f.to; ++n) chosen += marks[n];
-  list.reserve(chosen);
-  for (int64_t n = f.from; n < f.to; ++n)
-    if (marks[n]) list.push_back(static_cast<int32_t>(n));
 }
 
 Gated Gate::run() {

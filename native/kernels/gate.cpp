@@ -74,10 +74,17 @@ static inline vf floor_of(vf x) {
 void prepare_lanes(const View& q, int64_t b, const int64_t* head_of, const int64_t* query_of, int32_t rows, const float* stretch,
                    bool round, int32_t d, int32_t wide, float* panel, int8_t* codes, float* step, float* norm) {
   const float infinity = __builtin_inff();
-  float row[MOST_CHANNELS + 16];
   const int padded = (int)up(d, 16);
+  alignas(64) float all[LANE_ROWS * (MOST_CHANNELS + 16)];
+  alignas(64) float factors[MOST_CHANNELS + 16];
+  if (stretch)
+    for (int c = 0; c < padded; ++c) factors[c] = c < d ? stretch[c] : 0.0f;
+  float largest[LANE_ROWS];
+  bool known[LANE_ROWS];
+  // stage by stage over all rows: one alone waits for its own results
   for (int i = 0; i < LANE_ROWS; ++i) {
     const int r = i < rows ? i : rows - 1;
+    float* row = all + i * padded;
     read_row(at(q, b, head_of[r], query_of[r], 0), q.stride[3], q.dtype, d, padded, row);
     if (norm) {
       double squares = 0;
@@ -85,31 +92,28 @@ void prepare_lanes(const View& q, int64_t b, const int64_t* head_of, const int64
       norm[i] = (float)__builtin_sqrt(squares);
     }
     step[i] = 1.0f;
+    if (!stretch) continue;
+    vf most = vf{};
+    vi bad = vi{};
+    for (int c = 0; c < padded; c += LANES) {
+      const vf x = load(row + c) * load(factors + c);
+      const vf size = (vf)((vi)x & splat_int(0x7fffffff));
+      bad |= ~(size < splat(infinity));
+      most = max_(size, most);
+      store(row + c, x);
+    }
+    known[i] = !any_lane(bad);
+    largest[i] = lane_max(most);
+  }
+  for (int i = 0; i < LANE_ROWS; ++i) {
+    float* row = all + i * padded;
     if (stretch) {
-      vf most = vf{};
-      vi bad = vi{};
-      for (int c = d; c < padded; ++c) row[c] = 0.0f;
-      for (int c = 0; c < padded; c += LANES) {
-        vf x = load(row + c);
-        if (c + LANES <= d) {
-          x = x * load(stretch + c);
-        } else {
-          for (int l = 0; l < LANES && c + l < d; ++l) x[l] *= stretch[c + l];
-        }
-        const vf size = (vf)((vi)x & splat_int(0x7fffffff));
-        bad |= ~(size < splat(infinity));
-        most = size > most ? size : most;
-        store(row + c, x);
-      }
-      const bool known = !any_lane(bad);
       if (round) {
-        const float largest = lane_max(most);
-        const float unit = (largest > 1e-30f ? largest : 1e-30f) / 127.0f;
+        step[i] = (largest[i] > 1e-30f ? largest[i] : 1e-30f) / 127.0f;
         for (int c = 0; c < padded; c += LANES)
-          store(row + c, known ? floor_of(load(row + c) / unit + 0.5f) : vf{});
-        step[i] = unit;
+          store(row + c, known[i] ? floor_of(load(row + c) / step[i] + 0.5f) : vf{});
       }
-      if (!known) step[i] = __builtin_nanf("");
+      if (!known[i]) step[i] = __builtin_nanf("");
     }
     if (panel)
       for (int c = 0; c < d; ++c) panel[c * LANE_ROWS + i] = row[c];
@@ -117,11 +121,15 @@ void prepare_lanes(const View& q, int64_t b, const int64_t* head_of, const int64
       int8_t whole[MOST_CHANNELS + 64];
       int c = 0;
 #if defined(__AVX512F__)
-      for (; c + 16 <= d; c += 16)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(whole + c), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_loadu_ps(row + c))));
+      for (; c + 16 <= d; c += 16) {
+        const __m128i x = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_loadu_ps(row + c)));
+        int8_t* to = codes + c * LANE_ROWS + i * 4;
+        const int32_t four[4] = {_mm_cvtsi128_si32(x), _mm_extract_epi32(x, 1), _mm_extract_epi32(x, 2), _mm_extract_epi32(x, 3)};
+        for (int e = 0; e < 4; ++e) memcpy(to + e * 64, four + e, 4);
+      }
 #endif
-      for (; c < wide; ++c) whole[c] = c < d ? (int8_t)row[c] : 0;
-      for (c = 0; c < wide; c += 4) memcpy(codes + c * LANE_ROWS + i * 4, whole + c, 4);
+      for (int e = c; e < wide; ++e) whole[e] = e < d ? (int8_t)row[e] : 0;
+      for (; c < wide; c += 4) memcpy(codes + c * LANE_ROWS + i * 4, whole + c, 4);
     }
   }
 }

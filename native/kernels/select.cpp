@@ -140,7 +140,7 @@ static inline int64_t count_from(const float* x, int64_t n, int32_t level) {
   return count;
 }
 
-float kth_largest(const float* x, int64_t n, int64_t k) {
+void mark_largest(const float* x, int64_t n, int64_t k, uint8_t* marks) {
   // the largest level that k numbers reach
   int64_t low = INT32_MIN, high = INT32_MAX;
   while (low < high) {
@@ -151,9 +151,27 @@ float kth_largest(const float* x, int64_t n, int64_t k) {
       high = mid - 1;
   }
   const int32_t level = (int32_t)low, bits = level ^ ((level >> 31) & 0x7fffffff);
-  float found;
-  memcpy(&found, &bits, 4);
-  return found;
+  float last;
+  memcpy(&last, &bits, 4);
+  int64_t i = 0, above = 0;
+#if defined(__AVX512F__)
+  for (; i + LANES <= n; i += LANES) {
+    const __mmask16 more = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + i), _mm512_set1_ps(last), _CMP_GT_OQ);
+    const __m128i old = _mm_loadu_si128(reinterpret_cast<const __m128i*>(marks + i));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(marks + i), _mm_mask_mov_epi8(old, more, _mm_set1_epi8(1)));
+    above += __builtin_popcount(more);
+  }
+#endif
+  for (; i < n; ++i)
+    if (x[i] > last) {
+      marks[i] = 1;
+      ++above;
+    }
+  for (i = 0; i < n && above < k; ++i)
+    if (x[i] == last) {
+      marks[i] = 1;
+      ++above;
+    }
 }
 
 }  // namespace SIEVE_LEVEL

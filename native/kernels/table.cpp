@@ -13,7 +13,7 @@ const Kernels table = {
     tile_scratch, finish_row, all_finite, put_row, gradient, gradient_scratch,
     channel_scale, summarise, key_run_scratch,
     integer_tiles(), expand_codes, read_steps, prepare_lanes, score_keys, key_score_scratch, score_blocks,
-    largest_share, largest, mark_above, mark_mass, kth_largest,
+    largest_share, largest, mark_above, mark_mass, mark_largest,
 };
 // clang-format on
 
