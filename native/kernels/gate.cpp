@@ -3,6 +3,7 @@
 #include "kernels/gemm.h"
 #include "kernels/lanes.h"
 #include "kernels/logits.h"
+#include "kernels/transpose.h"
 
 namespace sieve {
 namespace SIEVE_LEVEL {
@@ -87,9 +88,15 @@ void prepare_lanes(const View& q, int64_t b, const int64_t* head_of, const int64
     float* row = all + i * padded;
     read_row(at(q, b, head_of[r], query_of[r], 0), q.stride[3], q.dtype, d, padded, row);
     if (norm) {
-      double squares = 0;
-      for (int c = 0; c < d; ++c) squares += (double)row[c] * row[c];
-      norm[i] = (float)__builtin_sqrt(squares);
+      vf squares = vf{};
+      for (int c = 0; c < padded; c += LANES) squares += load(row + c) * load(row + c);
+      const float total = sum(squares);
+      norm[i] = __builtin_sqrtf(total);
+      if (!(total > 1e-30f && total < 1e38f)) {
+        double exact = 0;
+        for (int c = 0; c < d; ++c) exact += (double)row[c] * row[c];
+        norm[i] = (float)__builtin_sqrt(exact);
+      }
     }
     step[i] = 1.0f;
     if (!stretch) continue;
@@ -115,8 +122,6 @@ void prepare_lanes(const View& q, int64_t b, const int64_t* head_of, const int64
       }
       if (!known[i]) step[i] = __builtin_nanf("");
     }
-    if (panel)
-      for (int c = 0; c < d; ++c) panel[c * LANE_ROWS + i] = row[c];
     if (codes) {
       int8_t whole[MOST_CHANNELS + 64];
       int c = 0;
@@ -132,6 +137,20 @@ void prepare_lanes(const View& q, int64_t b, const int64_t* head_of, const int64
       for (; c < wide; c += 4) memcpy(codes + c * LANE_ROWS + i * 4, whole + c, 4);
     }
   }
+  if (!panel) return;
+  int c = 0;
+#if defined(__AVX512F__)
+  for (; c < padded; c += 16) {  // the panel has room for channels up to a multiple of 64
+    __m512 r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_load_ps(all + i * padded + c);
+    transpose16(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(panel + (c + i) * LANE_ROWS, r[i]);
+  }
+#endif
+  for (; c < d; ++c)
+    for (int i = 0; i < LANE_ROWS; ++i) panel[c * LANE_ROWS + i] = all[i * padded + c];
 }
 
 // Scores of keys ------------------------------------------------------------------------------------------------------
