@@ -172,8 +172,8 @@ struct Kernels {
   void (*mark_above)(const float* estimate, int64_t blocks, float margin, uint8_t* marks);  // within margin of the lane's best
   void (*mark_mass)(const float* estimate, int64_t blocks, float unit, float mass, int32_t lanes, uint8_t* marks,
                     float* weights);  // weights: blocks * 17 floats
-  // marks the k largest of n numbers, none NaN, 1 <= k <= n; of equal ones the earliest
-  void (*mark_largest)(const float* x, int64_t n, int64_t k, uint8_t* marks);
+  // marks the k largest of n numbers, none NaN, 1 <= k <= n; of equal ones the earliest; x is overwritten
+  void (*mark_largest)(float* x, int64_t n, int64_t k, uint8_t* marks);
 };
 
 static inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
