@@ -127,6 +127,10 @@ struct BlockScore {
   float scale, softcap;
   float* out;              // [last - first][16]
 };
+struct RowSource;    // rows.h
+struct RowTask;
+struct TopKTile;     // top_k.h
+struct BlockBounds;
 
 struct Kernels {
   bool bf16_tiles;  // whether attend_bf16 exists (AMX)
@@ -174,6 +178,21 @@ struct Kernels {
                     float* weights);  // weights: blocks * 17 floats
   // marks the k largest of n numbers, none NaN, 1 <= k <= n; of equal ones the earliest; x is overwritten
   void (*mark_largest)(float* x, int64_t n, int64_t k, uint8_t* marks);
+  // lists of single keys (rows.h)
+  void (*row_dots)(const RowTask& t);  // t.s = q . k_j
+  // from products to the output row `out`; returns the natural lse; o: scratch of dv up to a multiple of 16
+  float (*row_attend)(const RowTask& t, float sink, float* o, void* out, int64_t stride, DType dtype);
+  // from products to weights (t.s), gradients of biased logits (pull) and of products (slope)
+  void (*row_slopes)(const RowTask& t, float lse, float shift, const float* d_out, float* pull, float* slope);
+  // out += sum_j weight_j * row index_j; `clean`: non-finite entries count as zero; copy: scratch for one row
+  void (*row_sum)(const RowSource& x, const int32_t* index, const float* weight, int64_t n, bool clean, float* out, float* copy);
+  void (*row_bias)(const char* bias, int64_t stride, DType dtype, const int32_t* key, int64_t n, float* out);
+
+  // top-k (top_k.h)
+  void (*top_k)(const TopKTile& t);
+  float (*top_k_product)(uint64_t rank);  // the product in a rank
+  void (*block_bounds)(const BlockBounds& x);  // centre and reach
+  void (*upper_bounds)(const BlockBounds& x);  // upper and priority
 };
 
 static inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -42,10 +42,11 @@ class Plan {
     std::vector<const char*> mask_row, bias_row;
   };
   void look(int64_t b, int64_t first_query, const std::vector<Row>& rows, const Panels& list, Sight& sight, Tile& t) const;
+  // The visible keys of a query, masks aside, are low..high-1.
+  void interval(int64_t query, int64_t& low, int64_t& high) const;
 
  private:
   const Attention& a_;
-  void interval(int64_t query, int64_t& low, int64_t& high) const;
 };
 
 }  // namespace sieve

@@ -54,6 +54,7 @@ MAY_IMPORT = (
     "llm",
     "arrays/torch_ops.py",
     "attend/torch_op.py",
+    "attend/top_k_op.py",
     "cli",
     "evaluation",
     "testing",

@@ -36,6 +36,15 @@ void mark_above(const float* estimate, int64_t blocks, float margin, uint8_t* ma
 void mark_mass(const float* estimate, int64_t blocks, float unit, float mass, int32_t lanes, uint8_t* marks,
                float* weights);
 void mark_largest(float* x, int64_t n, int64_t k, uint8_t* marks);
+void row_dots(const RowTask& t);
+float row_attend(const RowTask& t, float sink, float* o, void* out, int64_t stride, DType dtype);
+void row_slopes(const RowTask& t, float lse, float shift, const float* d_out, float* pull, float* slope);
+void row_sum(const RowSource& x, const int32_t* index, const float* weight, int64_t n, bool clean, float* out, float* copy);
+void row_bias(const char* bias, int64_t stride, DType dtype, const int32_t* key, int64_t n, float* out);
+void top_k(const TopKTile& x);
+float top_k_product(uint64_t rank);
+void block_bounds(const BlockBounds& x);
+void upper_bounds(const BlockBounds& x);
 
 }  // namespace SIEVE_LEVEL
 }  // namespace sieve

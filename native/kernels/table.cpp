@@ -14,6 +14,8 @@ const Kernels table = {
     channel_scale, summarise, key_run_scratch,
     integer_tiles(), expand_codes, read_steps, prepare_lanes, score_keys, key_score_scratch, score_blocks,
     largest_share, largest, mark_above, mark_mass, mark_largest,
+    row_dots, row_attend, row_slopes, row_sum, row_bias,
+    top_k, top_k_product, block_bounds, upper_bounds,
 };
 // clang-format on
 
