@@ -216,8 +216,10 @@ struct Kernels {
   void (*mark_above)(const float* estimate, int64_t blocks, float margin, uint8_t* marks);  // within margin of the lane's best
   void (*mark_mass)(const float* estimate, int64_t blocks, float unit, float mass, int32_t lanes, uint8_t* marks,
                     float* weights);  // weights: blocks * 17 floats
-  // the k-th largest of n numbers, none NaN, 1 <= k <= n
-  float (*kth_largest)(const float* x, int64_t n, int64_t k);
+  // marks the k largest of n numbers, none NaN, 1 <= k <= n; of equal ones the earliest; x is overwritten
+  void (*mark_largest)(float* x, int64_t n, int64_t k, uint8_t* marks);
+
+  // offsets (offset_tile.h)
   void (*attend_offsets)(const OffsetTile& t);
   void (*gradient_offsets)(const OffsetGradient& g);
 };

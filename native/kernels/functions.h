@@ -60,7 +60,7 @@ void largest(const float* estimate, int64_t blocks, float* best);
 void mark_above(const float* estimate, int64_t blocks, float margin, uint8_t* marks);
 void mark_mass(const float* estimate, int64_t blocks, float unit, float mass, int32_t lanes, uint8_t* marks,
                float* weights);
-float kth_largest(const float* x, int64_t n, int64_t k);
+void mark_largest(float* x, int64_t n, int64_t k, uint8_t* marks);
 void attend_offsets(const OffsetTile& t);
 void gradient_offsets(const OffsetGradient& g);
 

@@ -18,7 +18,7 @@ const Kernels table = {
     diagonal_scan,
     channel_scale, summarise, key_run_scratch,
     integer_tiles(), expand_codes, read_steps, prepare_lanes, score_keys, key_score_scratch, score_blocks,
-    largest_share, largest, mark_above, mark_mass, kth_largest,
+    largest_share, largest, mark_above, mark_mass, mark_largest,
     attend_offsets, gradient_offsets,
 };
 // clang-format on
