@@ -20,7 +20,7 @@ from sieve_attn.bench.settings import Settings
 from sieve_attn.functional import offset_attention
 
 LENGTH = 16_384
-FAMILY = {"primes": "Primes()", "squares": "Squares()", "mian-chowla": "MianChowla()"}
+FAMILY = {"primes": "Policy(keep=Primes())", "squares": "Policy(keep=Squares())", "mian-chowla": "Policy(keep=MianChowla())"}
 FORWARD = {"primes": {"float32": 3.5, "bfloat16": 4.0}, "squares": {"float32": 12.0}, "mian-chowla": {"float32": 18.0}}
 SHARE_OF_BACKWARD = 1 / 3  # the forward pass over the backward pass
 PLANS = ("auto", "diagonals", "wheel")
@@ -45,7 +45,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 def index(case: Case, settings: Settings) -> Prepared:
     """One row: the name says what is called, ``policy`` holds the offsets; window and global tokens are those of the layers."""
     query, key, value = inputs(case, settings.seed)
-    pattern = policies.parse(f"Policy(keep={case.policy})").keep | patterns.Window(4) | patterns.GlobalTokens(2)
+    pattern = policies.parse(case.policy).keep | patterns.Window(4) | patterns.GlobalTokens(2)
     what = case.name.rpartition(" ")[2]
     if what == "backward":
         return _backward(pattern, query, key, value)
