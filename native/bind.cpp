@@ -14,7 +14,7 @@
 #include "kernels.h"
 #include "level.h"
 #include "rows.h"
-#include "scan.h"
+#include "diagonal_scan.h"
 #include "ternary.h"
 #include "top_k.h"
 #include "offsets.h"

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "level.h"
-#include "scan.h"
+#include "diagonal_scan.h"
 #include "test.h"
 
 using namespace sieve;

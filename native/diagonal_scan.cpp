@@ -1,4 +1,4 @@
-#include "scan.h"
+#include "diagonal_scan.h"
 
 #include <algorithm>
 
