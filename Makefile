@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak setup lint clean
+.PHONY: demo test soak sanitize setup lint clean
 
 setup: $(VENV)/.ready
 
@@ -23,6 +23,14 @@ test: setup lint
 
 soak: setup
 	$(BIN)/python -m pytest -m long
+
+# C++ tests of the kernels: addresses and undefined behaviour, then threads; nothing but CMake and a compiler is needed
+SANITIZERS := address,undefined thread
+sanitize:
+	for s in $(SANITIZERS); do \
+		cmake -S . -B build/sanitize-$${s%%,*} -DSIEVE_TESTS=ON -DSIEVE_SANITIZE=$$s && \
+		cmake --build build/sanitize-$${s%%,*} --parallel 2 && build/sanitize-$${s%%,*}/native_tests || exit 1; \
+	done
 
 lint: setup
 	$(BIN)/ruff check --quiet src tests models docs

@@ -15,6 +15,11 @@
 #include "kernels.h"
 #include "level.h"
 #include "scan.h"
+#include "rows.h"
+#include "diagonal_scan.h"
+#include "ternary.h"
+#include "top_k.h"
+#include "offsets.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -80,11 +85,15 @@ Attention attention(const View& q, const View& k, const View& v, std::optional<V
 
 void choose_blocks(Attention& a, const View& row_ptr, const View& block_index, std::optional<View> row_mask, int64_t heads,
                    int64_t batch, int64_t q_block, int64_t kv_block, int64_t lead, std::optional<int64_t> kv_len) {
-  // indices come from whoever made the selection: none may point outside of the keys
+  // numbers come from whoever made the selection: none may point outside of the keys
+  if (q_block < 1 || kv_block < 1 || lead < 0 || lead >= q_block || heads < 1 || batch < 1)
+    throw std::invalid_argument("`selection` must have tiles and blocks of at least one position and a lead inside of a tile; got q_block " +
+                                std::to_string(q_block) + ", kv_block " + std::to_string(kv_block) + ", lead " + std::to_string(lead) +
+                                "; build it with Blocks.from_tiles");
   const int64_t tiles = (a.q.shape[2] + lead + q_block - 1) / q_block, blocks = (kv_len.value_or(a.k.shape[2]) + kv_block - 1) / kv_block;
   const int64_t *ptr = static_cast<const int64_t*>(row_ptr.data), rows = batch * heads * tiles, entries = block_index.shape[3];
   const int32_t* index = static_cast<const int32_t*>(block_index.data);
-  bool fits = row_ptr.shape[3] == rows + 1 && ptr[0] == 0 && ptr[rows] == entries;
+  bool fits = row_ptr.dtype == I64 && block_index.dtype == I32 && row_ptr.shape[3] == rows + 1 && ptr[0] == 0 && ptr[rows] == entries;
   for (int64_t i = 0; fits && i < rows; ++i) {
     fits = ptr[i] <= ptr[i + 1];
     for (int64_t e = ptr[i]; fits && e < ptr[i + 1]; ++e)
@@ -93,6 +102,10 @@ void choose_blocks(Attention& a, const View& row_ptr, const View& block_index, s
   if (!fits)
     throw std::invalid_argument("`selection` must list the blocks of every tile in increasing order, each below " +
                                 std::to_string(blocks) + "; got indices outside of that; build it with Blocks.from_tiles");
+  if (row_mask && (row_mask->dtype != U8 || row_mask->shape[2] != entries || row_mask->shape[3] != q_block))
+    throw std::invalid_argument("`selection` must have a row_mask of booleans [" + std::to_string(entries) + ", " + std::to_string(q_block) +
+                                "]; got [" + std::to_string(row_mask->shape[2]) + ", " + std::to_string(row_mask->shape[3]) +
+                                "]; build it with Blocks.from_tiles");
   a.choice = Choice{};
   a.choice.row_ptr = static_cast<const int64_t*>(row_ptr.data);
   a.choice.block_index = static_cast<const int32_t*>(block_index.data);
@@ -102,6 +115,17 @@ void choose_blocks(Attention& a, const View& row_ptr, const View& block_index, s
   a.choice.q_block = q_block;
   a.choice.kv_block = kv_block;
   a.choice.lead = lead;
+}
+
+OffsetAttention offset_attention(const View& q, const View& k, const View& v, const View& offsets, int64_t prefix, float scale,
+                                 int threads) {
+  const int64_t* list = static_cast<const int64_t*>(offsets.data);
+  const int64_t count = offsets.shape[3];
+  for (int64_t i = 0; i < count; ++i)
+    if (list[i] < (i ? list[i - 1] + 1 : 0)) throw std::invalid_argument("`offsets` must increase from 0 or above");
+  // what no query reaches is left out
+  const int64_t reached = std::lower_bound(list, list + count, k.shape[2]) - list;
+  return {q, k, v, list, reached, std::min(prefix, k.shape[2]), scale, threads};
 }
 
 void choose_ranges(Attention& a, int64_t prefix, int64_t window, bool two_sided) {
@@ -195,6 +219,19 @@ void set_sketch(Gate& g, const View& key, int bits, int sketch_bits, int digits,
 template <class T>
 void copy_to(const std::vector<T>& from, const View& to) {
   std::copy(from.begin(), from.end(), static_cast<T*>(to.data));
+}
+
+RowChoice row_choice(const Attention& a, std::optional<View> index, const std::vector<int64_t>& offsets, int64_t first_key,
+                     int64_t prefix, int64_t window, bool two_sided) {
+  RowChoice c;
+  c.index = index.value_or(absent);
+  c.offsets = offsets;
+  c.first_key = first_key;
+  c.prefix = prefix;
+  c.window = window;
+  c.two_sided = two_sided;
+  check_rows(a, c);
+  return c;
 }
 
 template <class T>
@@ -356,6 +393,47 @@ NB_MODULE(_native, m) {
         copy_to(c.dense, dense);
       });
   m.def("choose", &choose, "gate"_a, nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<RowChoice>(m, "RowChoice")
+      .def("__init__",
+           [](RowChoice* self, const Attention& a, std::optional<View> index, const std::vector<int64_t>& offsets, int64_t first_key,
+              int64_t prefix, int64_t window, bool two_sided) {
+             new (self) RowChoice(row_choice(a, index, offsets, first_key, prefix, window, two_sided));
+           },
+           "a"_a, "index"_a.none() = nb::none(), "offsets"_a = std::vector<int64_t>{}, "first_key"_a = 0, "prefix"_a = 0,
+           "window"_a = 0, "two_sided"_a = false);
+  m.def("attend_rows",
+        [](const Attention& a, const RowChoice& c, const View& out, const View& lse) {
+          attend_rows(a, c, out, static_cast<float*>(lse.data));
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+  m.def("attend_rows_backward",
+        [](const Attention& a, const RowChoice& c, const View& d_out, const View& lse, const View& shift, const View& dq,
+           const View& dk, const View& dv, std::optional<View> d_bias) {
+          attend_rows_backward(a, c, Gradients{d_out, static_cast<float*>(lse.data), static_cast<float*>(shift.data), dq, dk, dv,
+                                               d_bias.value_or(absent)});
+        },
+        "a"_a, "choice"_a, "d_out"_a, "lse"_a, "shift"_a, "dq"_a, "dk"_a, "dv"_a, "d_bias"_a.none(),
+        nb::call_guard<nb::gil_scoped_release>());
+  m.def("top_k_attention",
+        [](const Attention& a, int64_t top_k, const View& out, const View& lse, const View& index, std::optional<View> counts) {
+          top_k_attention(a, top_k, out, static_cast<float*>(lse.data), static_cast<int32_t*>(index.data),
+                          counts ? static_cast<int64_t*>(counts->data) : nullptr);
+        },
+        "a"_a, "top_k"_a, "out"_a, "lse"_a, "index"_a, "counts"_a.none(), nb::call_guard<nb::gil_scoped_release>());
+  m.def("ternary_linear",
+        [](const View& codes, const View& alpha, int64_t rows, int64_t columns, const View& x, bool int8, const View& out,
+           int threads) {
+          ternary_linear(TernaryWeights{static_cast<const int32_t*>(codes.data), rows, columns, static_cast<const float*>(alpha.data),
+                                        alpha.shape[3] > 1 ? 1 : 0},
+                         x, int8, out, threads);
+        },
+        "codes"_a, "alpha"_a, "rows"_a, "columns"_a, "x"_a, "int8"_a, "out"_a, "threads"_a,
+        nb::call_guard<nb::gil_scoped_release>());
+  m.def("diagonal_scan",
+        [](const View& x, const View& a, const View& start, const View& out, bool reverse, int threads) {
+          diagonal_scan(x, static_cast<const float*>(a.data), static_cast<const float*>(start.data), out, reverse, threads);
+        },
+        "x"_a, "a"_a, "start"_a, "out"_a, "reverse"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("geometry", &geometry, "key"_a, "key_mask"_a.none(), "block_size"_a, "bits"_a, "scale_is_given"_a, "threads"_a, "count"_a,
         "finite"_a, "mean"_a, "key_norm"_a, "radius"_a.none(), "low"_a.none(), "high"_a.none(), "planes"_a.none(),
         "scale"_a.none(), "error"_a.none(), "metric_error"_a.none(), "channel_scale"_a.none(), "spectral"_a.none(),
@@ -366,6 +444,30 @@ NB_MODULE(_native, m) {
         "channel_scale"_a.none(), "mean"_a.none(), "radius"_a.none(), "count"_a, "finite"_a, "rule"_a, "level"_a, "blocks"_a,
         "block_size"_a, "query_tile"_a, "stride"_a, "heads"_a, "sinks"_a, "near"_a, "dense_above"_a, "threads"_a,
         nb::call_guard<nb::gil_scoped_release>());
+  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  m.def("attend_offsets",
+        [](const View& q, const View& k, const View& v, const View& offsets, int64_t prefix, float scale, int threads,
+           const View& out, const View& lse) {
+          attend_offsets(offset_attention(q, k, v, offsets, prefix, scale, threads), out, static_cast<float*>(lse.data));
+        },
+        released);
+  m.def("attend_wheel",
+        [](const View& q, const View& k, const View& v, const View& offsets, int64_t prefix, float scale, int threads,
+           int64_t modulus, const View& residues, const View& out, const View& lse) {
+          const Wheel w{modulus, static_cast<const int64_t*>(residues.data), residues.shape[3]};
+          for (int64_t i = 0; i < w.residue_count; ++i)
+            if (w.residues[i] < (i ? w.residues[i - 1] + 1 : 0) || w.residues[i] >= modulus)
+              throw std::invalid_argument("`residues` must increase and lie below the modulus");
+          attend_wheel(offset_attention(q, k, v, offsets, prefix, scale, threads), w, out, static_cast<float*>(lse.data));
+        },
+        released);
+  m.def("attend_offsets_backward",
+        [](const View& q, const View& k, const View& v, const View& offsets, int64_t prefix, float scale, int threads,
+           const View& d_out, const View& lse, const View& shift, const View& dq, const View& dk, const View& dv) {
+          attend_offsets_backward(offset_attention(q, k, v, offsets, prefix, scale, threads),
+                                  OffsetGradients{d_out, static_cast<float*>(lse.data), static_cast<float*>(shift.data), dq, dk, dv});
+        },
+        released);
   m.def("level", &level);
   m.def("levels", &levels);
   m.def("force_level", &force_level);

@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "level.h"
 #include "parallel.h"
+#include "sight.h"
 
 namespace sieve {
 
@@ -27,23 +28,6 @@ const T* row_of(const View& x, int64_t b, int64_t h) {
   return reinterpret_cast<const T*>(at(x, 0, b, h, 0));
 }
 
-// What is the same for all heads of a sequence.
-struct Sequence {
-  std::vector<uint8_t> part;         // empty without a key mask
-  std::vector<int32_t> part_before;  // [kv_len + 1]
-  std::vector<int32_t> there_before; // [blocks + 1] blocks of which some key takes part
-};
-
-// What one tile of queries sees.
-struct Frame {
-  int64_t first, last;             // queries
-  std::vector<int64_t> low, high;  // [last - first]
-  int64_t from, to;                // blocks that some query may see
-  int64_t whole_from, whole_to;    // blocks that every query sees whole
-  std::vector<int64_t> edge, edge_weight;
-  std::vector<int64_t> forced;     // blocks that are kept whatever the scores say
-};
-
 struct Head {
   const int8_t* codes;
   const float *step, *shift, *addend;
@@ -52,25 +36,19 @@ struct Head {
   bool settled;
 };
 
-class Gate {
+class Gate : Sight {
  public:
   explicit Gate(const GateTask& t);
   Gated run();
 
  private:
   struct Workspace {
-    std::vector<int64_t> rows;  // looked-at queries, then the same for each head
-    Buffer<float> estimate, other, best, sorted, q, weights, scratch;
+    Buffer<float> estimate, other, best, q, weights, scratch;
     Buffer<int8_t> q_codes;
     std::vector<uint8_t> marks;
   };
 
-  void interval(int64_t query, int64_t& low, int64_t& high) const;
-  void frame(int64_t b, int64_t tile, Frame& f) const;
-  int64_t keys_between(int64_t b, int64_t low, int64_t high) const;
-  int64_t weight(int64_t b, int64_t block) const;
   bool structurally_sees(int64_t query, int64_t key) const;
-  void force(int64_t b, Frame& f) const;
   bool early(const Head& head, int64_t query) const;
   // Estimates of up to 16 (head, query) rows; returns what turns them into base-2 logarithms.
   float score(int64_t b, int64_t kv, const Head& head, const int64_t* head_of, const int64_t* query_of, int rows, const Frame& f,
@@ -79,129 +57,11 @@ class Gate {
 
   const GateTask& t_;
   const Kernels& k_;
-  int64_t batch_, q_heads_, kv_heads_, q_len_, kv_len_, d_, blocks_, offset_, lead_, tiles_, group_;
-  int64_t wide_;
-  std::vector<Sequence> sequences_;
+  const int64_t d_, wide_;
   std::vector<Frame> frames_;  // of the sequence at hand
 };
 
-Gate::Gate(const GateTask& t) : t_(t), k_(kernels()) {
-  batch_ = t.q.shape[0];
-  q_heads_ = t.q.shape[1];
-  q_len_ = t.q.shape[2];
-  d_ = t.q.shape[3];
-  kv_heads_ = t.key.shape[1];
-  kv_len_ = t.key.shape[2];
-  offset_ = kv_len_ - q_len_;
-  blocks_ = (kv_len_ + t.block_size - 1) / t.block_size;
-  lead_ = t.causal ? ((offset_ % t.query_tile) + t.query_tile) % t.query_tile : 0;
-  tiles_ = (q_len_ + lead_ + t.query_tile - 1) / t.query_tile;
-  group_ = q_heads_ / kv_heads_;
-  wide_ = up(d_, 64);
-  sequences_.resize(batch_);
-  if (!t.key_mask.data) return;
-  for (int64_t b = 0; b < batch_; ++b) {
-    Sequence& s = sequences_[b];
-    s.part.resize(kv_len_);
-    s.part_before.assign(kv_len_ + 1, 0);
-    s.there_before.assign(blocks_ + 1, 0);
-    for (int64_t j = 0; j < kv_len_; ++j) {
-      s.part[j] = *at(t.key_mask, b, 0, 0, j) != 0;
-      s.part_before[j + 1] = s.part_before[j] + s.part[j];
-    }
-    for (int64_t n = 0; n < blocks_; ++n) s.there_before[n + 1] = s.there_before[n] + (weight(b, n) > 0);
-  }
-}
-
-// The visible keys of a query are one interval: causality, window and packing each cut one out.
-void Gate::interval(int64_t query, int64_t& low, int64_t& high) const {
-  const int64_t position = offset_ + query;
-  low = 0;
-  high = kv_len_;
-  if (t_.causal) high = std::min(high, position + 1);
-  if (t_.window >= 0) {
-    low = std::max(low, position - t_.window + 1);
-    if (!t_.causal) high = std::min(high, position + t_.window);
-  }
-  if (t_.edges) {
-    const int64_t* end = t_.edges + t_.edge_count;
-    const int64_t* next = std::upper_bound(t_.edges, end, query);
-    low = std::max(low, next == t_.edges ? int64_t{0} : next[-1]);
-    high = std::min(high, next == end ? kv_len_ : *next);
-  }
-  high = std::max(high, low);
-}
-
-int64_t Gate::keys_between(int64_t b, int64_t low, int64_t high) const {
-  if (high <= low) return 0;
-  const Sequence& s = sequences_[b];
-  return s.part.empty() ? high - low : s.part_before[high] - s.part_before[low];
-}
-
-int64_t Gate::weight(int64_t b, int64_t block) const {
-  return keys_between(b, block * t_.block_size, std::min(kv_len_, (block + 1) * t_.block_size));
-}
-
-void Gate::frame(int64_t b, int64_t tile, Frame& f) const {
-  const int64_t size = t_.block_size;
-  f.first = std::max<int64_t>(0, tile * t_.query_tile - lead_);
-  f.last = std::min(q_len_, (tile + 1) * t_.query_tile - lead_);
-  const int64_t n = f.last - f.first;
-  f.low.resize(n);
-  f.high.resize(n);
-  int64_t bottom = kv_len_, top = 0, inner_low = 0, inner_high = kv_len_;
-  for (int64_t i = 0; i < n; ++i) {
-    interval(f.first + i, f.low[i], f.high[i]);
-    inner_low = std::max(inner_low, f.low[i]);
-    inner_high = std::min(inner_high, f.high[i]);
-    if (f.low[i] == f.high[i]) inner_high = 0;
-    else {
-      bottom = std::min(bottom, f.low[i]);
-      top = std::max(top, f.high[i]);
-    }
-  }
-  f.from = bottom < top ? bottom / size : 0;
-  f.to = bottom < top ? (top + size - 1) / size : 0;
-  f.whole_from = std::min(f.to, (inner_low + size - 1) / size);
-  f.whole_to = std::max(f.whole_from, inner_high >= kv_len_ ? blocks_ : inner_high / size);
-  f.edge.clear();
-  f.edge_weight.clear();
-  for (int64_t block = f.from; block < f.to; ++block) {
-    if (block == f.whole_from && f.whole_to > f.whole_from) {
-      block = f.whole_to - 1;
-      continue;
-    }
-    const int64_t start = block * size, end = std::min(kv_len_, start + size);
-    int64_t most = 0;
-    for (int64_t i = 0; i < n; ++i) most = std::max(most, keys_between(b, std::max(start, f.low[i]), std::min(end, f.high[i])));
-    f.edge.push_back(block);
-    f.edge_weight.push_back(most);
-  }
-}
-
-void Gate::force(int64_t b, Frame& f) const {
-  const int64_t size = t_.block_size, n = f.last - f.first;
-  f.forced = f.edge;  // cut for some query
-  int64_t done_from = -1, done_to = -1;
-  auto keep = [&](int64_t i, int64_t from, int64_t to) {  // the blocks that query i sees of keys from..to-1
-    from = std::max(from, f.low[i]);
-    to = std::min(to, f.high[i]);
-    if (from >= to) return;
-    // without masked keys, what is visible of a range is marked once for all queries that see the same blocks of it
-    if (sequences_[b].part.empty() && from / size == done_from && (to - 1) / size == done_to) return;
-    done_from = from / size;
-    done_to = (to - 1) / size;
-    for (int64_t block = from / size; block * size < to; ++block)
-      if (keys_between(b, std::max(block * size, f.low[i]), std::min(std::min(kv_len_, (block + 1) * size), f.high[i])) > 0)
-        f.forced.push_back(block);
-  };
-  if (t_.sinks)
-    for (int64_t i = 0; i < n; ++i) keep(i, 0, std::min(t_.sinks, kv_len_));
-  if (t_.near)
-    for (int64_t i = 0; i < n; ++i) keep(i, offset_ + f.first + i - t_.near + 1, offset_ + f.first + i + t_.near);
-  std::sort(f.forced.begin(), f.forced.end());
-  f.forced.erase(std::unique(f.forced.begin(), f.forced.end()), f.forced.end());
-}
+Gate::Gate(const GateTask& t) : Sight(t), t_(t), k_(kernels()), d_(t.q.shape[3]), wide_(up(d_, 64)) {}
 
 bool Gate::structurally_sees(int64_t query, int64_t key) const {
   int64_t low, high;
@@ -399,11 +259,7 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspac
       // blocks that only queries between the strides see rank last, before the invisible ones
       for (int64_t n = f.from; n < f.to; ++n) best[n] = std::max(best[n], LOWEST);
       unseen([&](int64_t n) { best[n] = -INFINITE; });
-      const float last = k_.kth_largest(best + f.from, f.to - f.from, wanted);
-      int64_t left = wanted;
-      for (int64_t n = f.from; n < f.to; ++n) left -= best[n] > last;
-      for (int64_t n = f.from; n < f.to; ++n)
-        if (best[n] > last || (best[n] == last && left-- > 0)) marks[n] = 1;
+      k_.mark_largest(best + f.from, f.to - f.from, wanted, marks + f.from);
     }
   }
   for (int64_t block : f.forced) marks[block] = 1;
@@ -438,11 +294,27 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspac
                   });
   }
 
+  std::vector<int32_t>& list = out.list[item];
+  auto collect = [&] {
+    list.clear();
+    int64_t n = f.from;
+    for (; n + 8 <= f.to; n += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, marks + n, 8);
+      if (!eight) continue;
+      for (int64_t i = n; i < n + 8; ++i)
+        if (marks[i]) list.push_back(static_cast<int32_t>(i));
+    }
+    for (; n < f.to; ++n)
+      if (marks[n]) list.push_back(static_cast<int32_t>(n));
+  };
+  list.reserve(std::min(seen, wanted + static_cast<int64_t>(f.forced.size())));
+  collect();
   int64_t kept = 0;
+  for (int32_t n : list)
+    if (n >= f.whole_from && n < f.whole_to) kept += weight(b, n);
   for (size_t e = 0; e < f.edge.size(); ++e)
     if (marks[f.edge[e]]) kept += f.edge_weight[e];
-  for (int64_t n = f.whole_from; n < f.whole_to; ++n)
-    if (marks[n]) kept += weight(b, n);
   bool dense = false;
   if (t_.rule == KEEP_MASS && t_.dense_above < 1.0 &&
       static_cast<float>(kept) > static_cast<float>(t_.dense_above) * static_cast<float>(every)) {
@@ -450,16 +322,11 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspac
     kept = every;
     std::memset(marks + f.from, 1, f.to - f.from);
     unseen([&](int64_t n) { marks[n] = 0; });
+    collect();
   }
   out.kept[item] = kept;
   out.visible[item] = every;
   out.dense[item] = dense;
-  std::vector<int32_t>& list = out.list[item];
-  int64_t chosen = 0;
-  for (int64_t n = f.from; n < f.to; ++n) chosen += marks[n];
-  list.reserve(chosen);
-  for (int64_t n = f.from; n < f.to; ++n)
-    if (marks[n]) list.push_back(static_cast<int32_t>(n));
 }
 
 Gated Gate::run() {
@@ -500,7 +367,6 @@ Gated Gate::run() {
       parallel_for((tiles_ + FRAME_STEP - 1) / FRAME_STEP, t_.threads, [&](int64_t item, int) {
         for (int64_t tile = item * FRAME_STEP; tile < std::min(tiles_, (item + 1) * FRAME_STEP); ++tile) {
           frame(b, tile, frames_[tile]);
-          force(b, frames_[tile]);
         }
       });
     const int64_t pieces = by_keys ? (kv_len_ + EXPAND_STEP - 1) / EXPAND_STEP : 1;

@@ -1,6 +1,7 @@
 // What a level offers: a table of functions over plain structures. Drivers (native/*.cpp) prepare the structures, split the
 // work over threads and own all memory; kernels (native/kernels/*.cpp) are compiled once per level.
 #pragma once
+#include "offset_tile.h"
 #include "view.h"
 
 namespace sieve {
@@ -19,6 +20,7 @@ struct Tile {
   const int32_t* panel;      // [panels] numbers of key panels, increasing
   const uint16_t* keep;      // [panels] bit i: key i of the panel is selected
   const uint16_t* row_keep;  // [panels][rows] the same for every row, or null
+  bool rows_alone;           // row_keep is given and says everything: nothing else hides a key
   const uint8_t* masked;     // [panels] 0 where every row attends to every key of the panel
   const int64_t* low;        // [rows] the row sees keys low..high-1
   const int64_t* high;
@@ -98,6 +100,11 @@ struct Scan {
   int64_t key_mask_stride;
 };
 
+struct RowSource;    // rows.h
+struct RowTask;
+struct TopKTile;     // top_k.h
+struct BlockBounds;
+struct TernaryTask;  // ternary.h
 // A run of key blocks of one head, summarised; null outputs are not computed. Layouts as in types/geometry.py.
 struct KeyRun {
   const View* key;             // [batch, kv_heads, kv_len, d]
@@ -213,6 +220,43 @@ struct Kernels {
   void (*gradient)(const TileGradient& g);
   int64_t (*gradient_scratch)(int32_t d, int32_t dv);
 
+  // lists of single keys (rows.h)
+  void (*row_dots)(const RowTask& t);  // t.s = q . k_j
+  // from products to the output row `out`; returns the natural lse; o: scratch of dv up to a multiple of 16
+  float (*row_attend)(const RowTask& t, float sink, float* o, void* out, int64_t stride, DType dtype);
+  // from products to weights (t.s), gradients of biased logits (pull) and of products (slope)
+  void (*row_slopes)(const RowTask& t, float lse, float shift, const float* d_out, float* pull, float* slope);
+  // out += sum_j weight_j * row index_j; `clean`: non-finite entries count as zero; copy: scratch for one row
+  void (*row_sum)(const RowSource& x, const int32_t* index, const float* weight, int64_t n, bool clean, float* out, float* copy);
+  void (*row_bias)(const char* bias, int64_t stride, DType dtype, const int32_t* key, int64_t n, float* out);
+
+  // top-k (top_k.h)
+  void (*top_k)(const TopKTile& t);
+  float (*top_k_product)(uint64_t rank);  // the product in a rank
+  void (*block_bounds)(const BlockBounds& x);  // centre and reach
+  void (*upper_bounds)(const BlockBounds& x);  // upper and priority
+
+  // ternary weights (ternary.h)
+  bool ternary_tiles;             // whether many tokens are multiplied by tiles (AMX)
+  int64_t ternary_few_tokens;     // up to so many go by tables
+  int64_t ternary_many_blocks;    // row blocks that ternary_many takes
+  int64_t ternary_scratch_floats; // scratch of ternary_many
+  int64_t (*ternary_table_floats)();  // of one group of columns
+  void (*ternary_tables)(const float* x, int64_t groups, float* tables);
+  void (*ternary_few)(const TernaryTask& t);   // x: tables
+  void (*ternary_split)(const float* x, int64_t stride, int64_t rows, int64_t groups, int64_t parts, uint16_t* out);
+  void (*ternary_many)(const TernaryTask& t);  // x: fp32 rows, or what ternary_split wrote
+  float (*ternary_round)(const float* x, int64_t n, int8_t* q);  // to 8 bits; returns the scale
+  // alpha * scale * sums as a row of the output; line: scratch of n floats
+  void (*ternary_write)(const void* sums, bool integer, int64_t n, const float* alpha, int64_t alpha_stride, float scale, float* line,
+                        void* out, int64_t stride, DType dtype);
+  void (*ternary_few_int8)(const TernaryTask& t);   // x: int8 rows
+  void (*ternary_many_int8)(const TernaryTask& t);  // x: int8 tiles of 16 tokens and 64 columns
+
+  // h_t = a * h_(t-1) + x_t over `channels` side by side; steps in elements, negative ones go back in time
+  void (*diagonal_scan)(const float* x, int64_t x_step, const float* a, const float* start, float* out, int64_t out_step,
+                        int64_t length, int64_t channels);
+
   // geometry
   void (*channel_scale)(const View& key, int64_t b, int64_t h, const uint8_t* part, float* out);
   void (*summarise)(const KeyRun& run);
@@ -237,8 +281,12 @@ struct Kernels {
   void (*mark_above)(const float* estimate, int64_t blocks, float margin, uint8_t* marks);  // within margin of the lane's best
   void (*mark_mass)(const float* estimate, int64_t blocks, float unit, float mass, int32_t lanes, uint8_t* marks,
                     float* weights);  // weights: blocks * 17 floats
-  // the k-th largest of n numbers, none NaN, 1 <= k <= n
-  float (*kth_largest)(const float* x, int64_t n, int64_t k);
+  // marks the k largest of n numbers, none NaN, 1 <= k <= n; of equal ones the earliest; x is overwritten
+  void (*mark_largest)(float* x, int64_t n, int64_t k, uint8_t* marks);
+
+  // offsets (offset_tile.h)
+  void (*attend_offsets)(const OffsetTile& t);
+  void (*gradient_offsets)(const OffsetGradient& g);
 };
 
 static inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -43,10 +43,11 @@ class Plan {
     std::vector<const char*> mask_row, bias_row;
   };
   void look(int64_t b, int64_t first_query, const std::vector<Row>& rows, const Panels& list, Sight& sight, Tile& t) const;
+  // The visible keys of a query, masks aside, are low..high-1.
+  void interval(int64_t query, int64_t& low, int64_t& high) const;
 
  private:
   const Attention& a_;
-  void interval(int64_t query, int64_t& low, int64_t& high) const;
 };
 
 // The rows of a unit in groups of at most MAX_ROWS: heads of a group side by side where they fit, long tiles cut.

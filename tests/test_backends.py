@@ -7,6 +7,7 @@ import torch
 from sieve_attn import attend, attention, dispatch, native
 from sieve_attn.testing import BackendContract, assert_close
 from sieve_attn.testing.contracts import BACKEND_CASES
+from sieve_attn.types import Offsets, Ranges, Selection, Tokens
 
 REQUEST = dispatch.Request("torch", "cpu", "float32", 64, 64)
 
@@ -25,6 +26,42 @@ class TestNative(BackendContract):
         native.module().force_level(request.param)
         yield
         native.module().force_level("")
+
+
+def tokens_of(selection, like):
+    """The same kept keys as single ones, out of order and some of them twice."""
+    dense = selection.to_dense(like)
+    order = (
+        torch.rand(dense.shape, generator=torch.Generator().manual_seed(3)).masked_fill(~dense, -1.0).argsort(-1, descending=True)
+    )
+    index = order.masked_fill(~dense.gather(-1, order), -1)
+    return Selection((Tokens(torch.cat([index, index[..., :3]], -1), selection.kv_len),))
+
+
+class TestNativeTokens(TestNative):
+    def case(self, name, dtype):
+        inputs, selection, options = super().case(name, dtype)
+        return inputs, tokens_of(selection, inputs[0]), options
+
+
+class TestNativeOffsets(TestNative):
+    """Cases of offsets in place of the blocks, those of several heads or sequences included."""
+
+    def case(self, name, dtype):
+        inputs, selection, options = super().case(name, dtype)
+        lengths = (selection.q_len, selection.kv_len)
+        if name == "nothing kept":
+            return inputs, Selection((Offsets(*lengths, ()),)), options
+        offsets = Offsets(*lengths, (0, 2, 3, 5, 7, 11, 13) if options.get("causal") else (-4, 0, 1, 9, 30), first_key=2)
+        alone = name in ("plain", "causal", "more queries than keys", "sink")
+        return inputs, Selection((offsets,)) if alone else Selection((Ranges(*lengths, prefix=2, window=3), offsets)), options
+
+
+def test_kernels_refuse_indices_behind_the_last_key():
+    q = torch.randn(1, 1, 4, 8)
+    index = torch.tensor([0, 3, 4]).expand(1, 1, 4, 3)
+    with pytest.raises(ValueError, match="`selection` must hold key indices below 4; got 4; use -1"):
+        attend(q, q, q, Selection((Tokens(index, 4),)), backend="native")
 
 
 @pytest.mark.parametrize("name", BACKEND_CASES)

@@ -305,7 +305,7 @@ def test_figures_stand_only_beside_the_sizes_they_were_stated_for():
     lengths = {c.q_len for c in cases(Settings(("gate",), n=1024))}
     assert lengths == {256, 512, 1024}
     assert 1 << 20 in {c.q_len for c in cases(Settings(("gate",), long=True))}
-    assert len({(c.group, c.name, c.dtype, c.q_len, c.dim, c.block, c.threads) for c in full}) == len(full)
+    assert len({(c.group, c.name, c.dtype, c.q_len, c.kv_len, c.dim, c.block, c.threads) for c in full}) == len(full)
     for policy in {c.policy for c in cases(Settings(long=True)) if c.policy}:
         policies.parse(policy)
 
@@ -468,8 +468,8 @@ def test_an_aether_row_with_a_wrong_output_is_failed_and_exits_1(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nothing"], "`group` must be of prefill, backward, decode, gate, topk; got 'nothing'"),
-        (["prefill", "aether"], "`group` must be of prefill, backward, decode, gate, topk; got 'aether'"),
+        (["nothing"], "`group` must be of prefill, backward, decode, gate, topk, ternary, index; got 'nothing'"),
+        (["prefill", "aether"], "`group` must be of prefill, backward, decode, gate, topk, ternary, index; got 'aether'"),
         (["prefill", "--n", 3], "`n` must be an integer of at least 64; got 3"),
         (["prefill", "--threads", 0], "`threads` must be an integer of at least 1; got 0"),
         (["prefill", "--repeats", 0], "`repeats` must be an integer of at least 1; got 0"),

@@ -102,12 +102,13 @@ def _between(call, geometry, policy, a):
     selector = policy.selector
     strict, lax = {
         Threshold: lambda: (Threshold(selector.threshold + NEAR), Threshold(selector.threshold - NEAR)),
-        RelativeThreshold: lambda: (RelativeThreshold(max(0.0, selector.margin - NEAR)), RelativeThreshold(selector.margin + NEAR)),
+        RelativeThreshold: lambda: (
+            RelativeThreshold(max(0.0, selector.margin - NEAR)),
+            RelativeThreshold(selector.margin + NEAR),
+        ),
         Mass: lambda: (Mass(max(0.0, selector.mass - NEAR)), Mass(min(1.0, selector.mass + NEAR))),
     }[type(selector)]()
-    fewer, more = (
-        tiles_of(reference(call, geometry, Policy(**{**policy_fields(policy), "selector": s}))) for s in (strict, lax)
-    )
+    fewer, more = (tiles_of(reference(call, geometry, Policy(**{**policy_fields(policy), "selector": s}))) for s in (strict, lax))
     assert not (fewer & ~a).any()
     assert not (a & ~more).any()
 
@@ -142,7 +143,9 @@ def cases(draw):
 
 
 @LAWS
-@given(cases(), generators(), seeds(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.booleans(), st.booleans())
+@given(
+    cases(), generators(), seeds(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.booleans(), st.booleans()
+)
 def test_kernels_choose_what_the_reference_chooses(case, name, seed, dtype, masked, poisoned):
     shape, policy, options = case
     q, k, v = GENERATORS[name](seed, shape, dtype)
@@ -194,7 +197,8 @@ def test_no_query_looks_ahead():
     """Nothing after a tile of queries changes a bit of its choice."""
     q, k, v = gaussian(6, Shape(1, 4, 2, 400, 400, 64, 8))
     for policy in (
-        TopBlocks(3, sinks=4, window=8), Adaptive(0.9), Adaptive(0.9, bits=8), Aether(1.0, 16), Policy(Mean(), TargetSparsity(0.6)),
+        TopBlocks(3, sinks=4, window=8), Adaptive(0.9), Adaptive(0.9, bits=8), Aether(1.0, 16),
+        Policy(Mean(), TargetSparsity(0.6)),
         Policy(KeySketch(2), RelativeThreshold(0.7), block_size=24), Policy(KeySketch(3), TopK(2), query_tile=16, block_size=4),
     ):  # fmt: skip
         tile = policy.query_tile
@@ -218,7 +222,9 @@ def test_early_queries_read_the_keys_themselves():
     other = k.clone()
     other[:, :, 40:, ::2] *= 30
     found = [
-        tiles_of(pipeline.select(Call(q, keys, v, causal=True, scale=0.25), g.build(keys, 4, policy.statistics), policy))[:, :, :5]
+        tiles_of(pipeline.select(Call(q, keys, v, causal=True, scale=0.25), g.build(keys, 4, policy.statistics), policy))[
+            :, :, :5
+        ]
         for keys in (k, other)
     ]
     assert torch.equal(*found)

@@ -33,6 +33,31 @@ void powers(const float* mass, const float* base, int64_t n, int64_t rows, float
 void split(const float* upper, const float* lower, const float* level, int64_t n, int64_t rows, float* below, float* above);
 void gradient(const TileGradient& g);
 int64_t gradient_scratch(int32_t d, int32_t dv);
+void row_dots(const RowTask& t);
+float row_attend(const RowTask& t, float sink, float* o, void* out, int64_t stride, DType dtype);
+void row_slopes(const RowTask& t, float lse, float shift, const float* d_out, float* pull, float* slope);
+void row_sum(const RowSource& x, const int32_t* index, const float* weight, int64_t n, bool clean, float* out, float* copy);
+void row_bias(const char* bias, int64_t stride, DType dtype, const int32_t* key, int64_t n, float* out);
+void top_k(const TopKTile& x);
+float top_k_product(uint64_t rank);
+void block_bounds(const BlockBounds& x);
+void upper_bounds(const BlockBounds& x);
+bool ternary_tiles();
+int64_t ternary_few_tokens();
+int64_t ternary_many_blocks();
+int64_t ternary_scratch_floats();
+int64_t ternary_table_floats();
+void ternary_tables(const float* x, int64_t groups, float* tables);
+void ternary_few(const TernaryTask& t);
+void ternary_split(const float* x, int64_t stride, int64_t rows, int64_t groups, int64_t parts, uint16_t* out);
+void ternary_many(const TernaryTask& t);
+float ternary_round(const float* x, int64_t n, int8_t* q);
+void ternary_write(const void* sums, bool integer, int64_t n, const float* alpha, int64_t alpha_stride, float scale, float* line,
+                   void* out, int64_t stride, DType dtype);
+void ternary_few_int8(const TernaryTask& t);
+void ternary_many_int8(const TernaryTask& t);
+void diagonal_scan(const float* x, int64_t x_step, const float* a, const float* start, float* out, int64_t out_step, int64_t length,
+                   int64_t channels);
 void channel_scale(const View& key, int64_t b, int64_t h, const uint8_t* part, float* out);
 void summarise(const KeyRun& run);
 int64_t key_run_scratch(int64_t block_size, int32_t d);
@@ -50,7 +75,9 @@ void largest(const float* estimate, int64_t blocks, float* best);
 void mark_above(const float* estimate, int64_t blocks, float margin, uint8_t* marks);
 void mark_mass(const float* estimate, int64_t blocks, float unit, float mass, int32_t lanes, uint8_t* marks,
                float* weights);
-float kth_largest(const float* x, int64_t n, int64_t k);
+void mark_largest(float* x, int64_t n, int64_t k, uint8_t* marks);
+void attend_offsets(const OffsetTile& t);
+void gradient_offsets(const OffsetGradient& g);
 
 }  // namespace SIEVE_LEVEL
 }  // namespace sieve

@@ -1,7 +1,9 @@
 // Scores of key blocks for sixteen query rows at a time, one row a lane, and what selectors make of them.
 #include "kernels/functions.h"
 #include "kernels/gemm.h"
+#include "kernels/lanes.h"
 #include "kernels/logits.h"
+#include "kernels/transpose.h"
 
 namespace sieve {
 namespace SIEVE_LEVEL {
@@ -16,59 +18,6 @@ bool integer_tiles() { return true; }
 #else
 bool integer_tiles() { return false; }
 #endif
-
-static inline bool any_lane(vi x) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
-#else
-  int32_t all = 0;
-  for (int l = 0; l < LANES; ++l) all |= x[l];
-  return all != 0;
-#endif
-}
-
-static inline float lane_max(vf x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)x);
-#else
-  float best = x[0];
-  for (int i = 1; i < LANES; ++i) best = x[i] > best ? x[i] : best;
-  return best;
-#endif
-}
-
-// log2 of positive normal numbers, within 2^-22 of the result or of 1
-static inline vf log2_(vf x) {
-  const vi bits = (vi)x;
-  vi e = ((bits - 0x3f3504f3) >> 23);  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
-  const vf m = (vf)(bits - (e << 23)) - 1.0f;
-  vf p = splat(7.0376836292e-2f);
-  p = p * m + -1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m + -1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m + -1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m + -2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  const vf z = m * m;
-  const vf ln = m + (z * -0.5f + z * m * p);
-  return ln * LOG2E + __builtin_convertvector(e, vf);
-}
-
-// 2^x for estimates: errs by at most 1.1e-4 of the result (exp2_<5> where there is no instruction to split a number)
-static inline vf weight(vf x) {
-#if defined(__AVX512F__)
-  const __m512 f = _mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
-  vf p = splat(7.8024523e-2f);
-  p = p * (vf)f + 2.2606716e-1f;
-  p = p * (vf)f + 6.9583356e-1f;
-  p = p * (vf)f + 9.9989274e-1f;
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // takes the floor itself
-#else
-  return exp2_<5>(x > splat(127.0f) ? splat(127.0f) : x);  // what overflows must be seen to
-#endif
-}
 
 // Codes --------------------------------------------------------------------------------------------------------------
 
@@ -126,56 +75,82 @@ static inline vf floor_of(vf x) {
 void prepare_lanes(const View& q, int64_t b, const int64_t* head_of, const int64_t* query_of, int32_t rows, const float* stretch,
                    bool round, int32_t d, int32_t wide, float* panel, int8_t* codes, float* step, float* norm) {
   const float infinity = __builtin_inff();
-  float row[MOST_CHANNELS + 16];
   const int padded = (int)up(d, 16);
+  alignas(64) float all[LANE_ROWS * (MOST_CHANNELS + 16)];
+  alignas(64) float factors[MOST_CHANNELS + 16];
+  if (stretch)
+    for (int c = 0; c < padded; ++c) factors[c] = c < d ? stretch[c] : 0.0f;
+  float largest[LANE_ROWS];
+  bool known[LANE_ROWS];
+  // stage by stage over all rows: one alone waits for its own results
   for (int i = 0; i < LANE_ROWS; ++i) {
     const int r = i < rows ? i : rows - 1;
+    float* row = all + i * padded;
     read_row(at(q, b, head_of[r], query_of[r], 0), q.stride[3], q.dtype, d, padded, row);
     if (norm) {
-      double squares = 0;
-      for (int c = 0; c < d; ++c) squares += (double)row[c] * row[c];
-      norm[i] = (float)__builtin_sqrt(squares);
+      vf squares = vf{};
+      for (int c = 0; c < padded; c += LANES) squares += load(row + c) * load(row + c);
+      const float total = sum(squares);
+      norm[i] = __builtin_sqrtf(total);
+      if (!(total > 1e-30f && total < 1e38f)) {
+        double exact = 0;
+        for (int c = 0; c < d; ++c) exact += (double)row[c] * row[c];
+        norm[i] = (float)__builtin_sqrt(exact);
+      }
     }
     step[i] = 1.0f;
-    if (stretch) {
-      vf most = vf{};
-      vi bad = vi{};
-      for (int c = d; c < padded; ++c) row[c] = 0.0f;
-      for (int c = 0; c < padded; c += LANES) {
-        vf x = load(row + c);
-        if (c + LANES <= d) {
-          x = x * load(stretch + c);
-        } else {
-          for (int l = 0; l < LANES && c + l < d; ++l) x[l] *= stretch[c + l];
-        }
-        const vf size = (vf)((vi)x & splat_int(0x7fffffff));
-        bad |= ~(size < splat(infinity));
-        most = size > most ? size : most;
-        store(row + c, x);
-      }
-      const bool known = !any_lane(bad);
-      if (round) {
-        const float largest = lane_max(most);
-        const float unit = (largest > 1e-30f ? largest : 1e-30f) / 127.0f;
-        for (int c = 0; c < padded; c += LANES)
-          store(row + c, known ? floor_of(load(row + c) / unit + 0.5f) : vf{});
-        step[i] = unit;
-      }
-      if (!known) step[i] = __builtin_nanf("");
+    if (!stretch) continue;
+    vf most = vf{};
+    vi bad = vi{};
+    for (int c = 0; c < padded; c += LANES) {
+      const vf x = load(row + c) * load(factors + c);
+      const vf size = (vf)((vi)x & splat_int(0x7fffffff));
+      bad |= ~(size < splat(infinity));
+      most = max_(size, most);
+      store(row + c, x);
     }
-    if (panel)
-      for (int c = 0; c < d; ++c) panel[c * LANE_ROWS + i] = row[c];
+    known[i] = !any_lane(bad);
+    largest[i] = lane_max(most);
+  }
+  for (int i = 0; i < LANE_ROWS; ++i) {
+    float* row = all + i * padded;
+    if (stretch) {
+      if (round) {
+        step[i] = (largest[i] > 1e-30f ? largest[i] : 1e-30f) / 127.0f;
+        for (int c = 0; c < padded; c += LANES)
+          store(row + c, known[i] ? floor_of(load(row + c) / step[i] + 0.5f) : vf{});
+      }
+      if (!known[i]) step[i] = __builtin_nanf("");
+    }
     if (codes) {
       int8_t whole[MOST_CHANNELS + 64];
       int c = 0;
 #if defined(__AVX512F__)
-      for (; c + 16 <= d; c += 16)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(whole + c), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_loadu_ps(row + c))));
+      for (; c + 16 <= d; c += 16) {
+        const __m128i x = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_loadu_ps(row + c)));
+        int8_t* to = codes + c * LANE_ROWS + i * 4;
+        const int32_t four[4] = {_mm_cvtsi128_si32(x), _mm_extract_epi32(x, 1), _mm_extract_epi32(x, 2), _mm_extract_epi32(x, 3)};
+        for (int e = 0; e < 4; ++e) memcpy(to + e * 64, four + e, 4);
+      }
 #endif
-      for (; c < wide; ++c) whole[c] = c < d ? (int8_t)row[c] : 0;
-      for (c = 0; c < wide; c += 4) memcpy(codes + c * LANE_ROWS + i * 4, whole + c, 4);
+      for (int e = c; e < wide; ++e) whole[e] = e < d ? (int8_t)row[e] : 0;
+      for (; c < wide; c += 4) memcpy(codes + c * LANE_ROWS + i * 4, whole + c, 4);
     }
   }
+  if (!panel) return;
+  int c = 0;
+#if defined(__AVX512F__)
+  for (; c < padded; c += 16) {  // the panel has room for channels up to a multiple of 64
+    __m512 r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_load_ps(all + i * padded + c);
+    transpose16(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(panel + (c + i) * LANE_ROWS, r[i]);
+  }
+#endif
+  for (; c < d; ++c)
+    for (int i = 0; i < LANE_ROWS; ++i) panel[c * LANE_ROWS + i] = all[i * padded + c];
 }
 
 // Scores of keys ------------------------------------------------------------------------------------------------------
@@ -462,159 +437,6 @@ void score_blocks(const BlockScore& s) {
       store(out + v * LANES, x);
     }
   }
-}
-
-// Selectors -----------------------------------------------------------------------------------------------------------
-
-// log2 of the sum over all blocks of 2^(unit * estimate), per lane; 0 where that is not finite
-static inline void mass_of(const float* estimate, int64_t blocks, float unit, vf* top, vf* lse) {
-  const float infinity = __builtin_inff();
-  for (int v = 0; v < PANEL_VECS; ++v) {
-    vf m = splat(-infinity);
-    for (int64_t b = 0; b < blocks; ++b) m = max_(load(estimate + b * LANE_ROWS + v * LANES), m);
-    const vf reference = select((m > splat(-infinity)) & (m < splat(infinity)), m, vf{});
-    vf total = vf{};
-    for (int64_t b = 0; b < blocks; ++b) {
-      vf x = (load(estimate + b * LANE_ROWS + v * LANES) - reference) * unit;
-      x = x > splat(1.0f) ? splat(1.0f) : x;
-      total += exp2_<5>(x);
-    }
-    top[v] = m;
-    const vf finite = reference + log2_(max_(total, splat(1e-30f))) * (1.0f / unit);
-    lse[v] = select((m > splat(-infinity)) & (m < splat(infinity)), finite, vf{});
-  }
-}
-
-void largest_share(const float* estimate, int64_t blocks, float unit, float* best) {
-  vf top[PANEL_VECS], lse[PANEL_VECS];
-  mass_of(estimate, blocks, unit, top, lse);
-  for (int64_t b = 0; b < blocks; ++b) {
-    vf x = load(estimate + b * LANE_ROWS) - lse[0];
-    for (int v = 1; v < PANEL_VECS; ++v) x = max_(load(estimate + b * LANE_ROWS + v * LANES) - lse[v], x);
-    const float most = lane_max(x);
-    best[b] = most > best[b] ? most : best[b];
-  }
-}
-
-void largest(const float* estimate, int64_t blocks, float* best) {
-  for (int64_t b = 0; b < blocks; ++b) {
-    vf x = load(estimate + b * LANE_ROWS);
-    for (int v = 1; v < PANEL_VECS; ++v) x = max_(load(estimate + b * LANE_ROWS + v * LANES), x);
-    const float most = lane_max(x);
-    best[b] = most > best[b] ? most : best[b];
-  }
-}
-
-void mark_above(const float* estimate, int64_t blocks, float margin, uint8_t* marks) {
-  const float infinity = __builtin_inff();
-  for (int v = 0; v < PANEL_VECS; ++v) {
-    vf m = splat(-infinity);
-    for (int64_t b = 0; b < blocks; ++b) m = max_(load(estimate + b * LANE_ROWS + v * LANES), m);
-    const vf level = m - margin;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const vf x = load(estimate + b * LANE_ROWS + v * LANES);
-      marks[b] |= any_lane((x >= level) & (x > splat(-infinity)));
-    }
-  }
-}
-
-// Per lane the first blocks, by falling estimate and then by index, whose predecessors hold less than `mass`.
-void mark_mass(const float* estimate, int64_t blocks, float unit, float mass, int32_t lanes, uint8_t* marks, float* weights) {
-  constexpr int HALVINGS = 16;
-  const float infinity = __builtin_inff();
-  for (int v = 0; v < PANEL_VECS; ++v) {
-    const float* x = estimate + v * LANES;
-    float* w = weights + v * LANES;
-    vf top = splat(-infinity);
-    for (int64_t b = 0; b < blocks; ++b) top = max_(load(x + b * LANE_ROWS), top);
-    const vi bounded = (top > splat(-infinity)) & (top < splat(infinity));
-    const vf reference = select(bounded, top, vf{});
-    vf total = vf{};
-    for (int64_t b = 0; b < blocks; ++b) {
-      const vf y = (load(x + b * LANE_ROWS) - reference) * unit, share = exp2_<5>(y > splat(1.0f) ? splat(1.0f) : y);
-      store(w + b * LANE_ROWS, share);
-      total += share;
-    }
-    const vf wanted = total * mass;
-    // more than `high`: less than the wanted mass, which is `before`; more than `low`: at least as much
-    vf low = splat(-infinity), high = top, before = vf{}, mid = reference - 40.0f / unit;
-    for (int i = 0; i < HALVINGS; ++i) {
-      vf above = vf{};
-      for (int64_t b = 0; b < blocks; ++b)
-        above += select(load(x + b * LANE_ROWS) > mid, load(w + b * LANE_ROWS), vf{});
-      const vi enough = above >= wanted, moves = bounded & (mid < high);
-      low = select(moves & enough, mid, low);
-      high = select(moves & ~enough, mid, high);
-      before = select(moves & ~enough, above, before);
-      mid = select(low > splat(-infinity), low + (high - low) * 0.5f, high);
-    }
-    int64_t between = 0;
-    int32_t* list = reinterpret_cast<int32_t*>(weights + blocks * LANE_ROWS);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const vf y = load(x + b * LANE_ROWS);
-      marks[b] |= any_lane(y > high);
-      if (any_lane((y <= high) & (y > low))) list[between++] = (int32_t)b;
-    }
-    // the few between the two, one at a time: the largest and of equal ones the earliest first
-    for (int i = 0; i < LANES && v * LANES + i < lanes; ++i) {
-      float sum_before = before[i], limit = infinity;
-      while (sum_before < wanted[i]) {
-        float next = -infinity;
-        for (int64_t c = 0; c < between; ++c) {
-          const float y = x[list[c] * LANE_ROWS + i];
-          if (y <= high[i] && y < limit && y > next) next = y;
-        }
-        if (!(next > -infinity)) break;
-        for (int64_t c = 0; c < between && sum_before < wanted[i]; ++c) {
-          if (x[list[c] * LANE_ROWS + i] != next) continue;
-          marks[list[c]] = 1;
-          sum_before += w[list[c] * LANE_ROWS + i];
-        }
-        limit = next;
-      }
-    }
-  }
-}
-
-// Floats in the order of their values as integers.
-static inline vi ordered(vf x) {
-  const vi bits = (vi)x;
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-
-static inline int64_t count_from(const float* x, int64_t n, int32_t level) {
-  int64_t count = 0;
-  int64_t i = 0;
-#if defined(__AVX512F__)
-  for (; i + LANES <= n; i += LANES)
-    count += __builtin_popcount(_mm512_cmpge_epi32_mask((__m512i)ordered(load(x + i)), _mm512_set1_epi32(level)));
-#else
-  vi total = vi{};
-  for (; i + LANES <= n; i += LANES) total -= ordered(load(x + i)) >= splat_int(level);
-  for (int l = 0; l < LANES; ++l) count += total[l];
-#endif
-  for (; i < n; ++i) {
-    int32_t bits;
-    memcpy(&bits, x + i, 4);
-    count += (bits ^ ((bits >> 31) & 0x7fffffff)) >= level;
-  }
-  return count;
-}
-
-float kth_largest(const float* x, int64_t n, int64_t k) {
-  // the largest level that k numbers reach
-  int64_t low = INT32_MIN, high = INT32_MAX;
-  while (low < high) {
-    const int64_t mid = low + (high - low + 1) / 2;
-    if (count_from(x, n, (int32_t)mid) >= k)
-      low = mid;
-    else
-      high = mid - 1;
-  }
-  const int32_t level = (int32_t)low, bits = level ^ ((level >> 31) & 0x7fffffff);
-  float found;
-  memcpy(&found, &bits, 4);
-  return found;
 }
 
 }  // namespace SIEVE_LEVEL

@@ -28,14 +28,35 @@ static inline float most(vf x) {
 #endif
 }
 
+static inline bool any_lane(vi x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#else
+  int32_t all = 0;
+  for (int l = 0; l < LANES; ++l) all |= x[l];
+  return all != 0;
+#endif
+}
+
 static inline vf size_of(vf x) { return (vf)((vi)x & splat_int(0x7fffffff)); }
 static inline vf floor_of(vf x) { return __builtin_convertvector(__builtin_convertvector(x, vi), vf); }  // 0 <= x < 2^31
+
+// a * b + c, rounded once where there is an instruction for it: for what is compared, not stored
+static inline vf fused(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
 
 static inline float square_sum(const float* x, int wide) {
   vf total = vf{};
   for (int i = 0; i < wide; i += LANES) {
     const vf y = load(x + i);
-    total += y * y;
+    total = fused(y, y, total);
   }
   return sum(total);
 }
@@ -130,9 +151,10 @@ struct Quantiser {
   int wide, d;
   float top, levels;  // (2^bits - 1) / 2 and 2^bits - 1
   const float* scale;    // [wide], 1 behind the last channel
-  const float* inverse;  // [wide] or null where 1 / scale could leave the normal numbers
+  const float* inverse;  // [wide]
+  bool extreme;          // 1 / scale may leave the normal numbers: divide
   const float* live;     // [wide] all ones as bits, 0 behind the last channel
-  float clip[5];
+  float clip[8];  // zeros behind the last
 };
 
 static void clips_of(int bits, Quantiser& s) {
@@ -146,80 +168,116 @@ static void clips_of(int bits, Quantiser& s) {
   for (int i = 0; i < count[row]; ++i) s.clip[i] = table[row][i];
 }
 
-// One key: its codes, its scale, what the codes lose (`error`, also over the channel scale) and the squares of that, to be summed
-// over lanes. Vectors is wide / LANES, or 0; Clips how many there are.
-template <int Vectors, int Clips>
-static inline uint16_t sketch_key(const Quantiser& s, const float* key, bool valid, uint8_t* codes, float* error, float* metric,
-                                  float* error_squares, float* metric_squares) {
-  const int n = Vectors ? Vectors : s.wide / LANES;
-  vf white[Vectors ? Vectors : MAX_VECTORS];
-  vf peaks = vf{};
-  for (int i = 0; i < n; ++i) {
-    white[i] = load(key + i * LANES) / load(s.scale + i * LANES);
-    peaks = max_(size_of(white[i]), peaks);
-  }
-  const float peak = most(peaks);
-  const vf half = splat(s.top + 0.5f), top = splat(s.top), highest = splat(s.levels);
-  uint16_t rounded[Clips];
-  float steps[Clips], inverse[Clips], losses[Clips < 4 ? 4 : Clips + 3];
-#pragma GCC unroll 5
-  for (int k = 0; k < Clips; ++k) {
-    const float wished = s.clip[k] * peak / s.top;
-    rounded[k] = to_f16(wished < LARGEST_HALF ? wished : LARGEST_HALF);
-    steps[k] = from_f16(rounded[k]);
-    inverse[k] = 1.0f / (steps[k] > 0.0f ? steps[k] : 1.0f);
-  }
-  vf lost[Clips < 4 ? 4 : Clips];
-#pragma GCC unroll 5
-  for (int k = 0; k < (Clips < 4 ? 4 : Clips); ++k) {
-    lost[k] = vf{};
-    if (k >= Clips) continue;
-    const vf by = splat(inverse[k]), w = splat(steps[k]);
-    for (int i = 0; i < n; ++i) {
-      vf code = white[i] * by + half;
-      code = code > vf{} ? code : vf{};
-      code = floor_of(code < highest ? code : highest);
-      vf apart = (code - top) * w - white[i];
-      if (s.live) apart = (vf)((vi)apart & (vi)load(s.live + i * LANES));
-      lost[k] += apart * apart;
-    }
-  }
-  sum_four(lost[0], lost[1], lost[2], lost[3], losses);
-  if constexpr (Clips > 4) losses[4] = sum(lost[4]);
-  float least = losses[0];
-  uint16_t step = rounded[0];
-#pragma GCC unroll 5
-  for (int k = 1; k < Clips; ++k) {
-    const bool better = losses[k] < least;
-    least = better ? losses[k] : least;
-    step = better ? rounded[k] : step;
-  }
-  const float wide = from_f16(step);
-  const vf w = splat(wide), by = splat(wide > 0.0f ? wide : 1.0f);
-  vf squares = vf{}, metric_sum = vf{};
-  for (int i = 0; i < n; ++i) {
-    vf code = white[i] / by + half;
-    code = code > vf{} ? code : vf{};
-    const vi whole = __builtin_convertvector(code < highest ? code : highest, vi);
+constexpr int GROUP = 16;  // keys that are sketched together, stage by stage: one alone waits for its own results
+
+static inline void round_to_half(vf x, uint16_t* bits, float* value) {
 #if defined(__AVX512F__)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i * LANES), _mm512_cvtepi32_epi8((__m512i)whole));
+  const __m256i h = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits), h);
+  _mm512_storeu_ps(value, _mm512_cvtph_ps(h));
 #else
-    for (int l = 0; l < LANES; ++l) codes[i * LANES + l] = (uint8_t)whole[l];
-#endif
-    const vf a = load(s.scale + i * LANES);
-    vf e = load(key + i * LANES) - (__builtin_convertvector(whole, vf) - top) * w * a;
-    if (s.live) e = (vf)((vi)e & (vi)load(s.live + i * LANES));
-    if (!valid) e = vf{};
-    store(error + i * LANES, e);
-    const vf m = s.inverse ? e * load(s.inverse + i * LANES) : e / a;
-    store(metric + i * LANES, m);
-    squares += e * e;
-    metric_sum += m * m;
+  for (int l = 0; l < LANES; ++l) {
+    bits[l] = to_f16(x[l]);
+    value[l] = from_f16(bits[l]);
   }
-  store(error_squares, squares);
-  store(metric_squares, metric_sum);
-  for (int i = s.d; i < s.wide; ++i) codes[i] = 0;
-  return step;
+#endif
+}
+
+// Up to GROUP keys [count][wide]: their codes [count][wide], their scales, what the codes lose (`error`, also over the channel
+// scale as `metric`) and the sums of the squares of both. Vectors is wide / LANES, or 0; Clips how many there are.
+template <int Vectors, int Clips, bool Ragged>
+static inline void sketch_keys(const Quantiser& s, const float* keys, const uint8_t* valid, int count, uint8_t* codes, float* error,
+                               float* metric, uint16_t* scales, float (*squares)[2]) {
+  const int n = Vectors ? Vectors : s.wide / LANES, wide = Vectors ? Vectors * LANES : s.wide;
+  float peak[GROUP] = {}, steps[Clips][GROUP], inverse[Clips][GROUP], losses[GROUP][8];
+  uint16_t rounded[Clips][GROUP];
+  float* white = error;  // until the errors take its place
+  for (int i = 0; i < count; ++i) {
+    vf peaks = vf{};
+    for (int v = 0; v < n; ++v) {
+      const vf x = load(keys + i * wide + v * LANES) / load(s.scale + v * LANES);
+      store(white + i * wide + v * LANES, x);
+      peaks = max_(size_of(x), peaks);
+    }
+    peak[i] = most(peaks);
+  }
+  for (int k = 0; k < Clips; ++k)
+    for (int l = 0; l < GROUP; l += LANES) {
+      round_to_half(min_(splat(s.clip[k]) * load(peak + l) / s.top, splat(LARGEST_HALF)), rounded[k] + l, steps[k] + l);
+      const vf step = load(steps[k] + l);
+      store(inverse[k] + l, 1.0f / select(step > vf{}, step, splat(1.0f)));
+    }
+  const vf half = splat(s.top + 0.5f), top = splat(s.top), highest = splat(s.levels);
+  for (int i = 0; i < count; ++i) {
+    vf x[Vectors ? Vectors : 1], lost[Clips < 4 ? 4 : Clips];
+    if (Vectors)
+      for (int v = 0; v < Vectors; ++v) x[v] = load(white + i * wide + v * LANES);
+#pragma GCC unroll 5
+    for (int k = 0; k < (Clips < 4 ? 4 : Clips); ++k) {
+      lost[k] = vf{};
+      if (k >= Clips) continue;
+      const vf by = splat(inverse[k][i]), w = splat(steps[k][i]);
+      for (int v = 0; v < n; ++v) {
+        const vf y = Vectors ? x[Vectors ? v : 0] : load(white + i * wide + v * LANES);
+        const vf code = floor_of(min_(max_(fused(y, by, half), vf{}), highest));
+        vf apart = fused(code - top, w, -y);
+        if (Ragged) apart = (vf)((vi)apart & (vi)load(s.live + v * LANES));
+        lost[k] = fused(apart, apart, lost[k]);
+      }
+    }
+    sum_four(lost[0], lost[1], lost[2], lost[3], losses[i]);
+    if constexpr (Clips > 4) losses[i][4] = sum(lost[4]);
+  }
+  // The code is the floor of a quotient. A product by the inverse gives the same but next to an integer: there it is divided.
+  const vf close = splat((s.levels + 1.0f) * 1e-6f);
+  for (int i = 0; i < count; ++i) {
+    float least = losses[i][0];
+    int best = 0;
+    for (int k = 1; k < Clips; ++k) {
+      const int better = -(int)(losses[i][k] < least);  // a branch would be guessed wrong every other time
+      least = losses[i][k] < least ? losses[i][k] : least;
+      best = (best & ~better) | (k & better);
+    }
+    scales[i] = rounded[best][i];
+    const vf w = splat(steps[best][i]), by = splat(inverse[best][i]);
+    vf level[Vectors ? Vectors : MAX_VECTORS];
+    vi doubtful = vi{};
+    for (int v = 0; v < n; ++v) {
+      const vf quotient = fused(load(white + i * wide + v * LANES), by, half);
+      doubtful |= size_of(quotient - round_even(quotient)) < close;
+      level[v] = min_(max_(quotient, vf{}), highest);
+    }
+    if (any_lane(doubtful)) {
+      const vf divisor = select(w > vf{}, w, splat(1.0f));
+      for (int v = 0; v < n; ++v) level[v] = min_(max_(load(white + i * wide + v * LANES) / divisor + half, vf{}), highest);
+    }
+    const vi counts = splat_int(valid[i] ? -1 : 0);
+    vf by_norm = vf{}, by_metric = vf{};
+    for (int v = 0; v < n; ++v) {
+      const vi whole = __builtin_convertvector(level[v], vi);
+      uint8_t* to = codes + i * wide + v * LANES;
+#if defined(__AVX512F__)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)whole));
+#else
+      for (int l = 0; l < LANES; ++l) to[l] = (uint8_t)whole[l];
+#endif
+      const vf a = load(s.scale + v * LANES);
+      vf e = load(keys + i * wide + v * LANES) - (__builtin_convertvector(whole, vf) - top) * w * a;
+      if (Ragged) e = (vf)((vi)e & (vi)load(s.live + v * LANES));
+      e = (vf)((vi)e & counts);
+      store(error + i * wide + v * LANES, e);
+      const vf m = __builtin_expect(s.extreme, 0) ? e / a : e * load(s.inverse + v * LANES);
+      store(metric + i * wide + v * LANES, m);
+      by_norm = fused(e, e, by_norm);
+      by_metric = fused(m, m, by_metric);
+    }
+    float sums[4];
+    sum_four(by_norm, by_metric, by_norm, by_metric, sums);
+    squares[i][0] = sums[0];
+    squares[i][1] = sums[1];
+    if (Ragged)
+      for (int c = s.d; c < wide; ++c) codes[i * wide + c] = 0;
+  }
 }
 
 // Codes [d up to 16] to bit planes, most significant plane first and the first channel in the highest bit of its byte.
@@ -245,7 +303,7 @@ static inline void pack_planes(const uint8_t* codes, int d, int bits, uint8_t* p
 
 int64_t key_run_scratch(int64_t block_size, int32_t d) {
   const int64_t wide = up(d, 16);
-  return 3 * block_size * wide + 6 * wide + spectral_scratch(block_size, d) + (block_size + 3) / 4 + 64;
+  return 3 * block_size * wide + 5 * wide + GROUP / 4 * wide + spectral_scratch(block_size, d) + (block_size + 3) / 4 + 64;
 }
 
 // Rows of a block as floats, non-finite and masked keys as zeros; `valid` says which enter the statistics.
@@ -305,7 +363,7 @@ static inline float reach(const float* rows, const uint8_t* valid, int n, int wi
   return usual > careful ? usual : careful;
 }
 
-template <int Vectors, int Clips>
+template <int Vectors, int Clips, bool Ragged>
 static void summarise_run(const KeyRun& r) {
   const int wide = (int)up(r.d, 16), size = (int)r.block_size;
   float* rows = r.scratch;
@@ -317,7 +375,7 @@ static void summarise_run(const KeyRun& r) {
   float* inverse = scale + wide;
   float* live = inverse + wide;
   uint8_t* codes = reinterpret_cast<uint8_t*>(live + wide);
-  float* rest = live + 2 * wide;
+  float* rest = live + wide + GROUP / 4 * wide;
   const int64_t kv_len = r.key->shape[2], bytes = (r.d + 7) / 8;
   const float infinity = __builtin_inff(), sketch_outward = (float)(1.0 + (r.d + 16) * UNIT) + 2.0f * (float)UNIT;
   Quantiser s{};
@@ -331,15 +389,14 @@ static void summarise_run(const KeyRun& r) {
     s.inverse = inverse;
     for (int c = 0; c < wide; ++c) {
       scale[c] = c < r.d ? r.channel_scale[c] : 1.0f;
-      if (!(scale[c] > 1e-30f && scale[c] < 1e30f)) s.inverse = nullptr;
+      if (!(scale[c] > 1e-30f && scale[c] < 1e30f)) s.extreme = true;
       inverse[c] = 1.0f / scale[c];
       const int32_t ones = c < r.d ? -1 : 0;
       memcpy(live + c, &ones, 4);
     }
-    s.live = r.d < wide ? live : nullptr;
+    s.live = live;
   }
   uint8_t small[256];
-  float partials[4 * LANES], *partial = partials;
   for (int64_t block = r.first; block < r.last; ++block) {
     const int64_t first = block * size;
     const int n = (int)(kv_len - first < size ? kv_len - first : size);
@@ -381,24 +438,15 @@ static void summarise_run(const KeyRun& r) {
       }
     }
     if (!r.bits) continue;
-    for (int i = 0; i < n; ++i) {
-      const int64_t j = first + i;
-      float* e = error + (int64_t)i * wide;
-      float* m = metric + (int64_t)i * wide;
-      r.scale[j] = sketch_key<Vectors, Clips>(s, rows + (int64_t)i * wide, valid[i], codes, e, m, partial, partial + LANES);
-      pack_planes(codes, r.d, r.bits, r.planes + j * bytes, r.plane_stride);
-      partial += 2 * LANES;
-      if (i % 2 == 0 && i + 1 < n) continue;
-      // two keys at a time: each has two sums
-      const bool pair = i % 2 == 1;
-      partial -= pair ? 4 * LANES : 2 * LANES;
-      float squares[4];
-      sum_four(load(partial), load(partial + LANES), pair ? load(partial + 2 * LANES) : vf{}, pair ? load(partial + 3 * LANES) : vf{},
-               squares);
-      for (int p = 0; p <= pair; ++p) {
-        const int at_row = i - pair + p;
-        r.error[first + at_row] = error_above(squares[2 * p], error + (int64_t)at_row * wide, wide, sketch_outward);
-        r.metric_error[first + at_row] = error_above(squares[2 * p + 1], metric + (int64_t)at_row * wide, wide, sketch_outward);
+    for (int i = 0; i < n; i += GROUP) {
+      const int some = n - i < GROUP ? n - i : GROUP;
+      const int64_t j = first + i, at_row = (int64_t)i * wide;
+      float squares[GROUP][2];
+      sketch_keys<Vectors, Clips, Ragged>(s, rows + at_row, valid + i, some, codes, error + at_row, metric + at_row, r.scale + j, squares);
+      for (int k = 0; k < some; ++k) {
+        pack_planes(codes + k * wide, r.d, r.bits, r.planes + (j + k) * bytes, r.plane_stride);
+        r.error[j + k] = error_above(squares[k][0], error + at_row + k * wide, wide, sketch_outward);
+        r.metric_error[j + k] = error_above(squares[k][1], metric + at_row + k * wide, wide, sketch_outward);
       }
     }
     if (r.spectral) {
@@ -408,25 +456,24 @@ static void summarise_run(const KeyRun& r) {
   }
 }
 
-template <int Vectors>
+template <int Vectors, bool Ragged>
 static void summarise_with(const KeyRun& r) {
   // as many clips as clips_of gives
   if (r.bits == 4)
-    summarise_run<Vectors, 4>(r);
+    summarise_run<Vectors, 4, Ragged>(r);
   else if (r.bits >= 1 && r.bits <= 3)
-    summarise_run<Vectors, 5>(r);
+    summarise_run<Vectors, 5, Ragged>(r);
   else
-    summarise_run<Vectors, 2>(r);
+    summarise_run<Vectors, 2, Ragged>(r);
 }
 
 void summarise(const KeyRun& r) {
-  const int64_t wide = up(r.d, 16);
-  if (wide == 64)
-    summarise_with<64 / LANES>(r);
-  else if (wide == 128)
-    summarise_with<128 / LANES>(r);
+  if (r.d == 64)
+    summarise_with<64 / LANES, false>(r);
+  else if (r.d == 128)
+    summarise_with<128 / LANES, false>(r);
   else
-    summarise_with<0>(r);
+    summarise_with<0, true>(r);
 }
 
 }  // namespace SIEVE_LEVEL

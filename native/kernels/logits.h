@@ -79,9 +79,18 @@ static inline void shape_logits(const Tile& t, int n, int count, int r, float* s
       }
     }
   }
+#if defined(__AVX512F__)
+  if (t.rows_alone) {
+    // nothing is loaded: lanes that are not attended to are overwritten
+    const uint16_t* bits = t.row_keep + (int64_t)n * t.rows + r;
+    for (int p = 0; p < count; ++p, bits += t.rows)
+      _mm512_mask_storeu_ps(s + p * PANEL, (__mmask16)~*bits, _mm512_set1_ps(-infinity));
+    return;
+  }
+#endif
   for (int p = 0; p < count; ++p) {
     if (!t.masked[n + p]) continue;
-    const uint32_t bits = visible_bits(t, n + p, r);
+    const uint32_t bits = t.rows_alone ? t.row_keep[(int64_t)(n + p) * t.rows + r] : visible_bits(t, n + p, r);
     for (int j = 0; j < PANEL_VECS; ++j) {
       float* x = s + p * PANEL + j * LANES;
       store(x, select(lanes_of(bits, j * LANES), load(x), splat(-infinity)));

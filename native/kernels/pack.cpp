@@ -16,7 +16,6 @@ void read_rows(const View& x, int64_t b, int64_t h, int64_t first, int64_t last,
 
 void put_row(const float* x, int64_t n, void* out, int64_t stride, DType dtype) { write_row(x, (int)n, out, stride, dtype); }
 
-
 void pack_keys(const View& k, int64_t b, int64_t h, int64_t first, int64_t last, float* out) {
   const int d = (int)k.shape[3];
   for (int64_t p = first; p < last; ++p, out += (int64_t)d * PANEL) {

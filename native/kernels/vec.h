@@ -33,7 +33,25 @@ static inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(
 static inline void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
 static inline vf splat(float x) { return x - vf{}; }
 static inline vi splat_int(int32_t x) { return x - vi{}; }
-static inline vf max_(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
+// b where either is NaN
+static inline vf max_(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+static inline vf min_(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 static inline vi iota() {
   vi x;

@@ -14,6 +14,11 @@ from sieve_attn import torch as torch
 from sieve_attn import transformers as transformers
 from sieve_attn import types as types
 from sieve_attn.layers import AetherAttention as AetherAttention
+from sieve_attn.layers import MianChowlaSelfAttention as MianChowlaSelfAttention
+from sieve_attn.layers import PrimeSelfAttention as PrimeSelfAttention
+from sieve_attn.layers import SparseCausalAttention as SparseCausalAttention
+from sieve_attn.layers import SquareSelfAttention as SquareSelfAttention
+from sieve_attn.layers import TernaryLinear as TernaryLinear
 from sieve_attn.llm import LLM as LLM
 from sieve_attn.llm import AetherSparseAttentionConfig as AetherSparseAttentionConfig
 from sieve_attn.pipeline import attend as attend

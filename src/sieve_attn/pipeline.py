@@ -83,7 +83,7 @@ def attention(
     query, key, value = _front_end(query, key, value)
     call = _call(query, key, value, **options)
     if selection is None and not policy.chooses_blocks and policy.keep is not None and call.kv_len >= policy.min_seq_length:
-        selection = policy.keep.selection(call.q_len, call.kv_len, causal=causal)
+        selection = policy.keep.selection(call.q_len, call.kv_len, causal=causal).beside(query)
     elif selection is not None:
         checks.selection_fits(selection, query, key)
     name, why = dispatch.choose(backend, _request(call, policy, selection))

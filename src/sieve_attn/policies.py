@@ -149,7 +149,9 @@ def Adaptive(
 
     ``query_stride=4`` looks at every 4th query of a tile (and the last) only: cheaper, and the others are promised nothing.
     """
-    return Policy(KeySketch(bits, query_bits=8), Mass(mass), _ends(sinks, window), query_stride=query_stride, dense_above=dense_above)
+    return Policy(
+        KeySketch(bits, query_bits=8), Mass(mass), _ends(sinks, window), query_stride=query_stride, dense_above=dense_above
+    )
 
 
 def Certified(error: float = 0.02, *, bits: int = 8, sinks: int = 16, window: int = 64, dense_above: float = 1.0) -> Policy:

@@ -135,6 +135,11 @@ def sort_descending(x, axis):
     return np.take_along_axis(x, order, axis), order
 
 
+def kth_largest(x, k):
+    place = x.shape[-1] - k
+    return np.partition(x, place, axis=-1)[..., place : place + 1]
+
+
 def inverse_permutation(order, axis):
     return np.argsort(order, axis=axis, kind="stable")
 

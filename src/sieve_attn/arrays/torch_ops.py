@@ -139,6 +139,11 @@ def sort_descending(x, axis):
     return out.values, out.indices
 
 
+def kth_largest(x, k):
+    """[..., 1] the ``k``-th largest entry of the last axis; NaN is above everything."""
+    return torch.topk(x, k, dim=-1).values[..., k - 1 :]
+
+
 def inverse_permutation(order, axis):
     ranks = torch.arange(order.shape[axis], device=order.device).expand(order.shape)
     return torch.empty_like(order).scatter_(axis, order, ranks)

@@ -1,4 +1,4 @@
-"""C++ kernels on the CPU: fp32, fp16 and bf16, forward and backward, over blocks and ranges.
+"""C++ kernels on the CPU: fp32, fp16 and bf16, forward and backward, over blocks, ranges, offsets and single tokens.
 
 One build holds every instruction set (portable, AVX2, AVX-512, AMX); the best that the machine runs is chosen when first
 asked, or by ``SIEVE_LEVEL``. fp32 accumulation throughout; with AMX, bf16 inputs multiply as they are and probabilities are
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sieve_attn import arrays, native
 from sieve_attn.bounds import Rounding
-from sieve_attn.types import Call, Ranges, Selection
+from sieve_attn.types import Call, Offsets, Ranges, Selection, Tokens
 
 if TYPE_CHECKING:
     from sieve_attn.attend.paged import Pages
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Array = Any
 
 DTYPES = ("float32", "float16", "bfloat16")
-KINDS = ("Blocks", "Ranges")
+KINDS = ("Blocks", "Ranges", "Offsets", "Tokens")
 DECODE_QUERIES = 16  # up to here the cache is read in place
 ROUNDING = Rounding(exponential=2.0**-18)  # weights of bf16 keys come from a short polynomial
 
@@ -33,8 +33,10 @@ def why_not(request: Any) -> tuple[str, ...]:
     if request.far_field:
         reasons.append("kernels have no far field")
     unknown = [kind for kind in request.kinds if kind not in KINDS]
-    if unknown or len(request.kinds) > 1:
-        reasons.append(f"kernels take one part of {' or '.join(KINDS)}, not {', '.join(request.kinds)}")
+    # lists of single keys take ranges beside them; blocks stand alone
+    several = len(request.kinds) > 1 and sorted(request.kinds) != ["Offsets", "Ranges"]
+    if unknown or several:
+        reasons.append(f"kernels take one part of {' or '.join(KINDS)}, or Ranges and Offsets, not {', '.join(request.kinds)}")
     return tuple(reasons)
 
 
@@ -46,7 +48,10 @@ def attend(call: Call, selection: Selection, far_field: None = None) -> tuple[Ar
     lse = xp.empty((batch, heads, q_len), xp.float32, call.query)
     if q_len and batch and heads:
         prepared, keep_alive = _prepare(xp, call, selection)
-        if _few_rows(call):
+        rows = _row_choice(xp, prepared, selection, keep_alive)
+        if rows is not None:
+            native.module().attend_rows(prepared, rows, native.view(output), native.view(lse))
+        elif _few_rows(call):
             native.module().decode(prepared, table=None, length=None, out=native.view(output), lse=native.view(lse))
         else:
             native.module().attend(prepared, native.view(output), native.view(lse))
@@ -89,6 +94,21 @@ def _last_stride(x: Array) -> int:
     return x.stride(3) if hasattr(x, "data_ptr") else x.strides[3] // x.dtype.itemsize
 
 
+def top_k(call: Call, count: int) -> tuple[Array, Array, Array, Array]:
+    """Exact top-k attention with scoring and selection in one pass; see :func:`sieve_attn.attend.top_k.attend`."""
+    xp = arrays.namespace(call.query)
+    batch, heads, q_len, _ = call.query.shape
+    output = xp.empty((batch, heads, q_len, call.value.shape[3]), call.query.dtype, call.query)
+    lse = xp.empty((batch, heads, q_len), xp.float32, call.query)
+    index = xp.empty((batch, heads, q_len, count), xp.int32, call.query)
+    counts = xp.zeros((batch, heads, 2), xp.int64, call.query)
+    everything = Selection((Ranges(call.q_len, call.kv_len, prefix=call.kv_len),))
+    prepared, keep_alive = _prepare(xp, call, everything)
+    native.module().top_k_attention(prepared, count, *(native.view(x) for x in (output, lse, index, counts)))
+    del keep_alive
+    return output, lse, index, counts
+
+
 def backward(
     call: Call, selection: Selection, grad_output: Array, grad_lse: Array, far_field: None = None, *, output: Array, lse: Array
 ) -> dict[str, Array]:
@@ -102,7 +122,12 @@ def backward(
     prepared, keep_alive = _prepare(xp, call, selection)
     lse, shift = xp.contiguous(lse), xp.contiguous(shift)
     views = [native.view(x) for x in (grad_output, lse, shift, grads["query"], grads["key"], grads["value"])]
-    native.module().attend_backward(prepared, *views, None if d_bias is None else _broadcast(d_bias, call))
+    views.append(None if d_bias is None else _broadcast(d_bias, call))
+    rows = _row_choice(xp, prepared, selection, keep_alive)
+    if rows is not None:
+        native.module().attend_rows_backward(prepared, rows, *views)
+    else:
+        native.module().attend_backward(prepared, *views)
     del keep_alive
     if d_bias is not None:
         grads["bias"] = xp.cast(d_bias, call.bias.dtype)
@@ -116,6 +141,21 @@ def _broadcast(x: Array, call: Call) -> Any:
     """A view of [batch | 1, q_heads | 1, q_len | 1, kv_len | 1] with stride 0 along what is shared."""
     batch, heads, q_len, _ = call.query.shape
     return native.view(arrays.namespace(x).broadcast_to(x, (batch, heads, q_len, call.kv_len)))
+
+
+def _row_choice(xp: Any, prepared: Any, selection: Selection, alive: list) -> Any:
+    """The lists of single keys that ``selection`` means, or None where it is made of blocks or of ranges alone."""
+    given = {}
+    for part in selection.parts:
+        if isinstance(part, Tokens):
+            index = part.index if str(part.index.dtype).endswith(("int32", "int64")) else xp.cast(part.index, xp.int64)
+            alive.append(index)
+            given["index"] = native.view(index)
+        elif isinstance(part, Offsets):
+            given |= {"offsets": list(part.offsets), "first_key": part.first_key}
+        elif isinstance(part, Ranges) and len(selection.parts) > 1:
+            given |= {"prefix": part.prefix, "window": part.window, "two_sided": part.two_sided}
+    return native.module().RowChoice(prepared, **given) if given else None
 
 
 def _prepare(xp: Any, call: Call, selection: Selection) -> tuple[Any, list]:
@@ -141,11 +181,13 @@ def _prepare(xp: Any, call: Call, selection: Selection) -> tuple[Any, list]:
         key_mask=None if call.key_mask is None else held(call.key_mask), sink=sink, edges=edges, causal=bool(call.causal),
         window=call.window, scale=float(call.scale), softcap=call.softcap, threads=native.threads(call.query),
     )  # fmt: skip
+    if isinstance(part, (Offsets, Tokens)) or len(selection.parts) > 1:
+        return prepared, alive
     if isinstance(part, Ranges):
         prepared.choose_ranges(part.prefix, part.window, part.two_sided)
     else:
         prepared.choose_blocks(
-            held(xp.contiguous(part.row_ptr)), held(xp.contiguous(part.block_index)),
+            held(xp.contiguous(xp.cast(part.row_ptr, xp.int64))), held(xp.contiguous(xp.cast(part.block_index, xp.int32))),
             None if part.row_mask is None else held(xp.contiguous(part.row_mask)),
             heads=part.heads, batch=part.batch, q_block=part.q_block, kv_block=part.kv_block, lead=part.lead,
         )  # fmt: skip

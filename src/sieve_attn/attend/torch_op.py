@@ -272,7 +272,7 @@ def _setup_attention(ctx, inputs, output):
         # the text of a selection holds plain numbers, also while the compiler's sizes are symbols
         q_len, kv_len = int(query.shape[2]), int(key.shape[2])
         plain = Ranges(q_len, kv_len, prefix=kv_len) if pattern is None else None
-        selection = Selection((plain,)) if plain else pattern.selection(q_len, kv_len, causal=causal)
+        selection = Selection((plain,)) if plain else pattern.selection(q_len, kv_len, causal=causal).beside(query)
         parts, spec = pack(selection)
     else:
         parts = [output[2], output[3]] + ([output[4]] if per_query else [])

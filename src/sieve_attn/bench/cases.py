@@ -52,7 +52,12 @@ class Case:
 
 def cases(settings: Settings) -> list[Case]:
     """All cases of a run in the order in which they are measured, one thread count after the other."""
-    makers = {"prefill": _prefill, "backward": _backward, "decode": _decode, "gate": _gate, "topk": _top_k}
+    from sieve_attn.bench import index, ternary
+
+    makers = {
+        "prefill": _prefill, "backward": _backward, "decode": _decode, "gate": _gate, "topk": _top_k,
+        "ternary": ternary.cases, "index": index.cases,
+    }  # fmt: skip
     return [_with_threads(case, t) for group in settings.groups for case in makers[group](settings) for t in settings.threads]
 
 

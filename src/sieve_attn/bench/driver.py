@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sieve_attn.bench import timing
+from sieve_attn.bench import index, ternary, timing
 from sieve_attn.bench.attending import backward, prefill
 from sieve_attn.bench.cases import Case, cases
 from sieve_attn.bench.gating import decode, gate
@@ -20,6 +20,8 @@ from sieve_attn.bench.top_k import top_k
 
 BUILDERS: dict[str, Callable[[Case, Settings], Prepared]] = {
     "prefill": prefill, "backward": backward, "gate": gate, "decode": decode, "topk": top_k,
+    "ternary": ternary.prepare,
+    "index": index.index,
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sieve_attn.checks import error, positive_int
 
-GROUPS = ("prefill", "backward", "decode", "gate", "topk")
+GROUPS = ("prefill", "backward", "decode", "gate", "topk", "ternary", "index")
 PEERS = ("sdpa", "flex")
 DTYPES = ("float32", "bfloat16", "float16")
 

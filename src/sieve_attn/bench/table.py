@@ -19,6 +19,8 @@ TITLES = {
     "decode": "decode: one step of 32 query heads on 8 KV heads, scan and choice included",
     "gate": "gate: whole causal calls, choosing included",
     "topk": "topk: exact top-k attention, causal, against the naive form",
+    "ternary": "ternary: packed weights, cached steps and the recurrence, against dense forms",
+    "index": "index: number-theoretic attention, causal, against dense attention",
 }
 COMMON = ("dtype", "n", "m", "head_dim", "block", "threads", "backend")
 FIGURES = {
@@ -29,6 +31,8 @@ FIGURES = {
     "decode": ("density", "dropped_mass", "bytes_mb", "floor_ms", "bandwidth_share", "dense_ms", "flex_ms", "gate_ms",
                "sparse_ms", "ideal", "ratio_sdpa", "ratio_flex", "scaling", "peak_mb"),
     "topk": ("density", "ideal", "ratio", "dense_ms", "sparse_ms", "peak_mb"),
+    "ternary": ("ratio", "dense_ms", "sparse_ms", "peak_mb"),
+    "index": ("density", "ideal", "ratio_sdpa", "ratio", "dense_ms", "sparse_ms", "peak_mb"),
 }  # fmt: skip
 HEADS = {
     "n": "N", "m": "M", "head_dim": "D", "ratio_sdpa": "x SDPA", "ratio_flex": "x Flex", "dense_ms": "dense ms",

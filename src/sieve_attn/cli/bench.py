@@ -12,6 +12,7 @@ from sieve_attn.checks import error
 from sieve_attn.cli import options as o
 
 RUN, SWEEP = "run", "--sparsity-sweep"
+ALL_GROUPS = "prefill, backward, decode, gate, topk, ternary, index; all by default."
 
 
 class _Bench(TyperGroup):
@@ -47,7 +48,7 @@ JsonPath = Annotated[Path | None, typer.Option("--json", help="Write machine, se
 
 @bench.command(RUN)
 def run(
-    groups: Annotated[list[str] | None, typer.Argument(help="prefill, backward, decode, gate, topk; all by default.")] = None,
+    groups: Annotated[list[str] | None, typer.Argument(help=ALL_GROUPS)] = None,
     json: JsonPath = None,
     markdown: Annotated[str | None, typer.Option("--markdown", help="Write Markdown tables here; '-' prints them.")] = None,
     threads: Annotated[list[int] | None, typer.Option("--threads", help="May be repeated; 1 and 2 by default.")] = None,

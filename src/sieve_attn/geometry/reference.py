@@ -83,9 +83,7 @@ def _build(xp, key, block_size, asked, value, key_mask, channel_scale) -> Geomet
         parts["value_radius"] = xp.where(lost, float("inf"), radius)
     if asked.sketch_bits:
         clean = xp.where(valid[..., None], real, 0.0)
-        parts["sketch"] = build_sketch(
-            clean, valid, asked.sketch_bits, block_size, channel_scale, takes_part, asked.spectral
-        )
+        parts["sketch"] = build_sketch(clean, valid, asked.sketch_bits, block_size, channel_scale, takes_part, asked.spectral)
     return Geometry(block_size, kv_len, asked, count, finite, mean, key_norm, **parts)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sieve_attn import arrays
-from sieve_attn.geometry.edit import head, map_arrays, reorder, sealed_blocks, tail
 from sieve_attn.geometry.build import build
+from sieve_attn.geometry.edit import head, map_arrays, reorder, sealed_blocks, tail
 from sieve_attn.types import Geometry, Statistics
 
 Array = Any

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from sieve_attn.types import Selection
 
 Array = Any
+
+_CHUNK = 1 << 24  # entries of rows x keys that counting holds at a time
 
 
 class Pattern:
@@ -20,6 +25,43 @@ class Pattern:
     def selection(self, q_len: int, kv_len: int, *, causal: bool = True) -> Selection:
         """The pattern as a selection of single keys; queries are the last ``q_len`` of ``kv_len`` positions."""
         raise TypeError(f"{type(self).__name__} must define `selection`")
+
+    def to_dense(self, q_len: int, kv_len: int | None = None) -> np.ndarray:
+        """[q_len, kv_len] bool: what each query keeps of the keys up to its own position. For tests and pictures."""
+        kv_len = q_len if kv_len is None else kv_len
+        return np.concatenate([kept for kept, _ in self._rows(q_len, kv_len)]) if q_len else np.zeros((0, kv_len), bool)
+
+    def density(self, q_len: int, kv_len: int | None = None) -> float:
+        """Kept over visible (query, key) pairs under causality; 1.0 when nothing is visible. Holds no array of q_len x kv_len."""
+        kv_len = q_len if kv_len is None else kv_len
+        counts = [(int(kept.sum()), int(seen.sum())) for kept, seen in self._rows(q_len, kv_len)]
+        visible = sum(seen for _, seen in counts)
+        return sum(kept for kept, _ in counts) / visible if visible else 1.0
+
+    def plot(self, length: int = 128, *, ax: Any = None) -> Any:
+        """Draws ``to_dense(length)`` on matplotlib axes (new ones by default) and returns them."""
+        try:
+            from matplotlib import pyplot
+        except ModuleNotFoundError as missing:
+            remedy = "install it with `pip install 'sieve-attn[viz]'`"
+            raise ModuleNotFoundError(
+                f"`plot` needs {missing.name}, which is not installed; {remedy}", name=missing.name
+            ) from None
+        ax = pyplot.subplots()[1] if ax is None else ax
+        ax.imshow(self.to_dense(length), cmap="Greys", interpolation="nearest")
+        ax.set_xlabel("key")
+        ax.set_ylabel("query")
+        ax.set_title(f"{self!r}\n{self.density(length):.1%} of the causal pairs", fontsize=9)
+        return ax
+
+    def _rows(self, q_len: int, kv_len: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """``(kept, visible)`` of runs of queries."""
+        key = np.arange(kv_len)[None, :]
+        step = max(1, _CHUNK // max(kv_len, 1))
+        for start in range(0, q_len, step):
+            position = np.arange(start, min(q_len, start + step))[:, None] + (kv_len - q_len)
+            seen = key <= position
+            yield np.broadcast_to(self.keeps(position, key), seen.shape) & seen, seen
 
     def __or__(self, other: Pattern) -> Pattern:
         return Union((*members(self), *members(other)))

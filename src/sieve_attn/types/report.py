@@ -54,6 +54,7 @@ class Report:
     geometry_from: str = "keys"
     selection: Any = None
     certify: Callable[[], Certificate] | None = None
+    computed: Array | None = None  # [batch, heads, tiles] visible keys whose logit was computed in order to choose
 
     @cached_property
     def density(self) -> float:

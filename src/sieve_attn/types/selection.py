@@ -89,8 +89,18 @@ class Blocks:
         return self.to_tiles()
 
     def rows(self, start: int, stop: int, like: Array) -> Array:
-        xp = arrays.namespace(self.row_ptr)
-        return xp.repeat_each(self.block_rows(start, stop), self.kv_block, -1)[..., : self.kv_len]
+        mine = self.beside(like)
+        xp = arrays.namespace(mine.row_ptr)
+        return xp.repeat_each(mine.block_rows(start, stop), self.kv_block, -1)[..., : self.kv_len]
+
+    def beside(self, like: Array) -> Blocks:
+        """The same blocks as arrays of the framework and on the device of ``like``: patterns know neither."""
+        xp = arrays.namespace(like)
+        if arrays.namespace(self.row_ptr) is xp:
+            return self
+        row_mask = None if self.row_mask is None else xp.asarray(self.row_mask, xp.boolean, like)
+        index = xp.asarray(self.block_index, xp.int32, like)
+        return replace(self, row_ptr=xp.asarray(self.row_ptr, xp.int64, like), block_index=index, row_mask=row_mask)
 
     def to_padded(self) -> tuple[Array, Array, int]:
         """``(counts [batch, heads, tiles], indices [batch, heads, tiles, max_blocks] filled with -1, max_blocks)``."""
@@ -213,6 +223,10 @@ class Selection:
         for part in self.parts[1:]:
             kept = kept | part.rows(start, stop, like)
         return kept
+
+    def beside(self, like: Array) -> Selection:
+        """The same selection with blocks as arrays of the framework of ``like``."""
+        return Selection(tuple(part.beside(like) if isinstance(part, Blocks) else part for part in self.parts))
 
     def to_dense(self, like: Array) -> Array:
         """[batch | 1, heads | 1, q_len, kv_len] bool; for tests and pictures, never on the way to an output."""

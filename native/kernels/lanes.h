@@ -1,0 +1,64 @@
+// Operations over the sixteen query rows of the gate.
+#pragma once
+#include "kernels.h"
+#include "kernels/logits.h"
+#include "kernels/vec.h"
+
+namespace sieve {
+namespace SIEVE_LEVEL {
+
+static inline bool any_lane(vi x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#else
+  int32_t all = 0;
+  for (int l = 0; l < LANES; ++l) all |= x[l];
+  return all != 0;
+#endif
+}
+
+static inline float lane_max(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float best = x[0];
+  for (int i = 1; i < LANES; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+#endif
+}
+
+// log2 of positive normal numbers, within 2^-22 of the result or of 1
+static inline vf log2_(vf x) {
+  const vi bits = (vi)x;
+  vi e = ((bits - 0x3f3504f3) >> 23);  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+  const vf m = (vf)(bits - (e << 23)) - 1.0f;
+  vf p = splat(7.0376836292e-2f);
+  p = p * m + -1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m + -1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m + -1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m + -2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const vf z = m * m;
+  const vf ln = m + (z * -0.5f + z * m * p);
+  return ln * LOG2E + __builtin_convertvector(e, vf);
+}
+
+// 2^x for estimates: errs by at most 1.1e-4 of the result (exp2_<5> where there is no instruction to split a number)
+static inline vf weight(vf x) {
+#if defined(__AVX512F__)
+  const __m512 f = _mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
+  vf p = splat(7.8024523e-2f);
+  p = p * (vf)f + 2.2606716e-1f;
+  p = p * (vf)f + 6.9583356e-1f;
+  p = p * (vf)f + 9.9989274e-1f;
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // takes the floor itself
+#else
+  return exp2_<5>(x > splat(127.0f) ? splat(127.0f) : x);  // what overflows must be seen to
+#endif
+}
+
+}  // namespace SIEVE_LEVEL
+}  // namespace sieve

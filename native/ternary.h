@@ -1,0 +1,38 @@
+// Products with ternary weights at two bits each: out = alpha * (x times the trits' transpose).
+//
+// Layout of the codes (trit + 1: 0, 1, 2): [row blocks][column groups][16 rows] of 32 bits, 16 columns in each. Column 4 i + b of
+// a group sits at bit 8 b + 2 i, so that (word >> 2 i) & 0x03030303 is four consecutive columns as bytes, and every nibble is a
+// pair of columns that indexes a table of 16. Rows and columns beyond the matrix hold code 1, a zero.
+#pragma once
+#include "view.h"
+
+namespace sieve {
+
+constexpr int TERNARY_ROWS = 16;     // output channels in a block
+constexpr int TERNARY_COLUMNS = 16;  // input channels in a group
+
+struct TernaryWeights {
+  const int32_t* codes;
+  int64_t rows, columns;
+  const float* alpha;    // one scale, or one a row
+  int64_t alpha_stride;  // 0 or 1
+};
+
+// x [tokens, columns] and out [tokens, rows] are the last two axes, in fp32, fp16 or bf16. fp32 accumulation; with `int8` every
+// token is first rounded to 8 bits under its own scale, max |x| / 127, and sums are exact integers.
+void ternary_linear(const TernaryWeights& w, const View& x, bool int8, const View& out, int threads);
+
+// For kernels: some row blocks against some tokens.
+struct TernaryTask {
+  const int32_t* codes;   // of the first block
+  int64_t blocks, groups;
+  int64_t tokens;
+  const void* x;          // as the level's function wants it
+  int64_t x_stride;       // between tokens, in elements, where x is rows
+  int64_t parts;          // bf16 terms that sum to x, for tiles
+  void* sums;             // [tokens][stride] fp32 or int32, written
+  int64_t stride;
+  void* scratch;          // 64-byte aligned
+};
+
+}  // namespace sieve

@@ -1,0 +1,94 @@
+"""PyTorch operators over offset attention: one forward, one backward, whatever computes them.
+
+The pattern travels as its text, as policies do, so that a compiled graph holds it and nothing is traced into it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sieve_attn import native, policies
+from sieve_attn.arrays import torch_ops
+from sieve_attn.attend import offsets as stage
+from sieve_attn.attend.torch_op import _empty_output
+from sieve_attn.patterns import Pattern
+from sieve_attn.patterns.base import members
+
+_KNOWN: dict[str, Pattern] = {}  # patterns that were met as objects; others are read from their text
+
+
+def text_of(pattern: Pattern) -> str:
+    """The text under which the operator finds ``pattern`` again."""
+    parts = [_written(part) for part in members(pattern)]
+    text = parts[0] if len(parts) == 1 else f"Union(({', '.join(parts)}))"
+    if not torch.compiler.is_compiling():
+        _KNOWN[text] = pattern
+    return text
+
+
+def _written(pattern: Pattern) -> str:
+    """What ``repr`` gives, in words that the compiler can follow."""
+    return f"{type(pattern).__name__}({', '.join(f'{n}={getattr(pattern, n)!r}' for n in pattern.__dataclass_fields__)})"
+
+
+def found_in(text: str, kv_len: int) -> tuple[stage.Reach, Tensor]:
+    """What the pattern keeps, and its offsets as a tensor; the offsets reach to a power of two above ``kv_len``."""
+    return _found(text, 1 << max(kv_len - 1, 1).bit_length())
+
+
+@lru_cache(maxsize=64)
+def _found(text: str, limit: int) -> tuple[stage.Reach, Tensor]:
+    pattern = _KNOWN.get(text) or policies.parse(f"Policy(keep={text})").keep
+    found = stage.reach(pattern, limit)
+    return found, torch.from_numpy(found.offsets.copy())
+
+
+def chosen(query: Tensor, key: Tensor, found: stage.Reach, plan: str) -> stage.Plan:
+    dtype = str(query.dtype).removeprefix("torch.")
+    return stage.choose_plan(plan, found, query.shape[2], key.shape[2], dtype, native.level() or "portable")
+
+
+@torch.library.custom_op("sieve_attn::offset_attention", mutates_args=())
+def offset_op(query: Tensor, key: Tensor, value: Tensor, pattern: str, scale: float, plan: str) -> tuple[Tensor, Tensor]:
+    """``(output, lse)`` over the keys that ``pattern`` keeps."""
+    found, offsets = found_in(pattern, key.shape[2])
+    with torch_ops.no_grad():
+        return stage.forward(query, key, value, offsets, found.prefix, scale, chosen(query, key, found, plan))
+
+
+@offset_op.register_fake
+def _(query, key, value, pattern, scale, plan):
+    return _empty_output(query, value)
+
+
+@torch.library.custom_op("sieve_attn::offset_attention_backward", mutates_args=())
+def offset_backward_op(
+    grad_output: Tensor, grad_lse: Tensor, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, pattern: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    found, offsets = found_in(pattern, key.shape[2])
+    with torch_ops.no_grad():
+        return stage.backward(query, key, value, offsets, found.prefix, scale, grad_output, grad_lse, output, lse)
+
+
+@offset_backward_op.register_fake
+def _(grad_output, grad_lse, output, lse, query, key, value, pattern, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    query, key, value, ctx.pattern, ctx.scale, _ = inputs
+    ctx.save_for_backward(*output, query, key, value)
+
+
+def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple:
+    output, lse, query, key, value = ctx.saved_tensors
+    grads = offset_backward_op(grad_output, grad_lse, output, lse, query, key, value, ctx.pattern, ctx.scale)
+    return *grads, None, None, None
+
+
+offset_op.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,189 @@
+"""Attention to keys at fixed offsets and to the first keys: what a pattern asks for, which plan runs it, and the call itself.
+
+Two plans compute the same pairs. *Diagonals*: every row goes over its own list of keys, exact pairs only. *Wheel*: positions are
+grouped by their residue modulo 30 or 240, where the offsets of one residue form dense tiles between two groups; offsets whose
+residue holds few of them go by diagonals. Gradients always go by diagonals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from sieve_attn import arrays, native
+from sieve_attn.attend import reference
+from sieve_attn.checks import error
+from sieve_attn.patterns import OffsetSet, Pattern, Sinks, Window
+from sieve_attn.patterns.base import members
+from sieve_attn.types import Call, Offsets, Ranges, Selection
+
+Array = Any
+
+PLANS = ("auto", "diagonals", "wheel")
+MODULI = (30, 240)
+# nanoseconds a pair of one head of dimension 64, measured on one core: (diagonals, wheel), by level and whether it is bf16.
+# Only their ratio counts; the wheel pays for the pairs of its tiles, kept or not.
+COSTS = {
+    "amx": {"bfloat16": (4.0, 1.0), "": (4.0, 2.5)},
+    "avx512": {"": (4.0, 2.5)},
+    "avx2": {"": (6.0, 4.0)},
+    "portable": {"": (20.0, 14.0)},
+}
+FEW = 2  # residues with fewer offsets never make tiles
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a query keeps: the first ``prefix`` keys and those ``offsets`` before it, its own (offset 0) included if listed."""
+
+    prefix: int
+    offsets: np.ndarray  # int64, increasing, from 0 on
+
+    def pairs(self, q_len: int, kv_len: int) -> int:
+        """How many (query, key) pairs are kept under causality."""
+        rows = min(q_len, kv_len)
+        first = kv_len - rows
+        position = np.arange(first, kv_len, dtype=np.int64)
+        prefix = int(np.minimum(position + 1, self.prefix).sum())
+        # offset s is there for positions from s + prefix on
+        start = np.maximum(self.offsets + self.prefix, first)
+        return prefix + int(np.maximum(kv_len - start, 0).sum())
+
+
+def reach(pattern: Pattern, kv_len: int) -> Reach | None:
+    """The pattern as a prefix and offsets up to a power of two above ``kv_len``; None if it is made of other things."""
+    return _reach(pattern, 1 << max(kv_len - 1, 1).bit_length()) if made_of_offsets(pattern) else None
+
+
+def made_of_offsets(pattern: Pattern) -> bool:
+    """Whether first tokens, windows and offsets are all there is."""
+    return all(isinstance(part, (Sinks, Window, OffsetSet)) for part in members(pattern))
+
+
+@lru_cache(maxsize=64)
+def _reach(pattern: Pattern, limit: int) -> Reach:
+    prefix, window, lists = 0, 0, []
+    for part in members(pattern):
+        if isinstance(part, Sinks):
+            prefix = max(prefix, part.tokens)
+        elif isinstance(part, Window):
+            window = max(window, part.tokens)
+        else:
+            lists.append(part.up_to(limit))
+    lists.append(np.arange(min(window, limit), dtype=np.int64))
+    offsets = np.unique(np.concatenate(lists)).astype(np.int64)
+    offsets.flags.writeable = False
+    return Reach(prefix, offsets)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is computed: ``diagonals``, or a ``wheel`` of ``modulus`` whose ``residues`` are tiled."""
+
+    name: str
+    modulus: int = 0
+    residues: tuple[int, ...] = ()
+    cost: float = 0.0  # estimated nanoseconds a head
+
+
+def choose_plan(plan: str, found: Reach, q_len: int, kv_len: int, dtype: str, level: str) -> Plan:
+    """The plan to run, from the shapes, the offsets, the dtype and the instruction-set level alone.
+
+    A residue is tiled where its dense triangle costs less than its exact pairs; ``wheel`` by name tiles every residue that
+    holds at least two offsets, of the modulus that is estimated to be cheapest.
+    """
+    if plan not in PLANS:
+        raise error("plan", f"must be one of {', '.join(PLANS)}", repr(plan), "use 'auto'")
+    costs = COSTS.get(level, COSTS["portable"])
+    exact_cost, tile_cost = costs.get(dtype, costs[""])
+    offsets = found.offsets[: np.searchsorted(found.offsets, kv_len)]
+    per_offset = _pairs_of(offsets, q_len, kv_len)
+    best = Plan("diagonals", cost=exact_cost * float(per_offset.sum()))
+    if plan == "diagonals" or (plan == "auto" and q_len < 1024):
+        return best
+    rows = min(q_len, kv_len)
+    visible = rows * (kv_len - rows) + rows * (rows + 1) / 2
+    wheels = []
+    for modulus in MODULI:
+        group = offsets % modulus
+        exact = exact_cost * np.bincount(group, per_offset, modulus)
+        # tiles of 64 rows and panels of 16 keys reach a little beyond the triangle
+        tiles = tile_cost * (visible / modulus + 40.0 * rows)
+        counts = np.bincount(group, minlength=modulus)
+        tiled = (exact > tiles) if plan == "auto" else counts >= FEW
+        tiled &= counts >= FEW
+        cost = float(np.where(tiled, tiles, exact).sum())
+        wheels.append(Plan("wheel", modulus, tuple(np.flatnonzero(tiled).tolist()), cost))
+    wheel = min((w for w in wheels if w.residues), key=lambda w: w.cost, default=best)
+    return wheel if plan == "wheel" or wheel.cost < best.cost else best
+
+
+def _pairs_of(offsets: np.ndarray, q_len: int, kv_len: int) -> np.ndarray:
+    return np.maximum(kv_len - np.maximum(offsets, kv_len - min(q_len, kv_len)), 0)
+
+
+def why_not(query: Array, value: Array) -> tuple[str, ...]:
+    """Why the kernels cannot run a call; empty if they can."""
+    reasons = list(native.missing())
+    device = str(getattr(query, "device", "cpu")).partition(":")[0]
+    if device != "cpu":
+        reasons.append(f"kernels run on cpu, not on {device}")
+    dtype = str(query.dtype).rpartition(".")[2]
+    if dtype not in ("float32", "float16", "bfloat16"):
+        reasons.append(f"kernels know float32, float16, bfloat16, not {dtype}")
+    return tuple(reasons)
+
+
+def forward(query: Array, key: Array, value: Array, offsets: Array, prefix: int, scale: float, plan: Plan) -> tuple[Array, Array]:
+    """``(output in the query's dtype, lse)``; ``offsets`` int64 as :class:`Reach` has them. A plan with no kernels is ignored."""
+    if why_not(query, value):
+        return reference.attend(*_as_call(query, key, value, offsets, prefix, scale))
+    xp = arrays.namespace(query)
+    batch, heads, q_len, _ = query.shape
+    output = xp.empty((batch, heads, q_len, value.shape[3]), query.dtype, query)
+    lse = xp.empty((batch, heads, q_len), xp.float32, query)
+    if not output.shape[0]:
+        return output, lse
+    plain = [native.view(x) for x in (query, key, value, offsets)] + [prefix, scale, native.threads(query)]
+    results = [native.view(output), native.view(lse)]
+    if plan.name == "wheel":
+        residues = np.asarray(plan.residues, np.int64)
+        native.module().attend_wheel(*plain, plan.modulus, native.view(residues), *results)
+    else:
+        native.module().attend_offsets(*plain, *results)
+    return output, lse
+
+
+def backward(
+    query: Array, key: Array, value: Array, offsets: Array, prefix: int, scale: float, grad_output: Array, grad_lse: Array,
+    output: Array, lse: Array,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Gradients of query, key and value."""
+    if why_not(query, value):
+        call, selection = _as_call(query, key, value, offsets, prefix, scale)
+        made = reference.backward(call, selection, grad_output, grad_lse)
+        return made["query"], made["key"], made["value"]
+    xp = arrays.namespace(query)
+    d_lse = xp.where(lse == -float("inf"), 0.0, xp.cast(grad_lse, xp.float32))
+    shift = xp.contiguous(d_lse - (xp.cast(grad_output, xp.float32) * xp.cast(output, xp.float32)).sum(-1))
+    lse = xp.contiguous(lse)
+    grads = tuple(xp.empty(tuple(x.shape), x.dtype, query) for x in (query, key, value))
+    views = [native.view(x) for x in (query, key, value, offsets)] + [prefix, scale, native.threads(query)]
+    native.module().attend_offsets_backward(*views, *(native.view(x) for x in (grad_output, lse, shift, *grads)))
+    return grads
+
+
+def selection_of(found: Reach, q_len: int, kv_len: int) -> Selection:
+    """The same keys as a selection: a prefix and offsets that give way to it."""
+    offsets = tuple(found.offsets[: np.searchsorted(found.offsets, kv_len)].tolist())
+    parts = (Ranges(q_len, kv_len, prefix=found.prefix), Offsets(q_len, kv_len, offsets, first_key=found.prefix))
+    return Selection(parts if found.prefix else parts[1:])
+
+
+def _as_call(query: Array, key: Array, value: Array, offsets: Array, prefix: int, scale: float) -> tuple[Call, Selection]:
+    plain = arrays.namespace(offsets).to_numpy(offsets)
+    call = Call(query, key, value, causal=True, scale=scale)
+    return call, selection_of(Reach(prefix, plain), call.q_len, call.kv_len)

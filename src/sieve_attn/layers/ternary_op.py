@@ -1,0 +1,97 @@
+"""The product with packed ternary weights as a PyTorch operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter, functional
+
+from sieve_attn import native
+from sieve_attn.arrays import torch_ops
+from sieve_attn.attend.torch_op import _modes, _transforms
+from sieve_attn.layers import packing
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def weight_of(codes: Tensor, alpha: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """``alpha * trits`` [rows, columns]."""
+    return packing.unpack(codes, rows, columns).to(dtype) * alpha.to(dtype)[:, None]
+
+
+def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``(q, scale)`` with ``x ~ q * scale``: whole numbers up to 127, and ``max |x| / 127`` a token or NaN."""
+    scale = x.abs().amax(-1, keepdim=True) / 127.0
+    known = torch.isfinite(scale) & (scale >= torch.finfo(scale.dtype).tiny)
+    q = torch.where(known, torch.round(x / torch.where(known, scale, 1.0)), 0.0)
+    return q, torch.where(known, scale, torch.where(torch.isfinite(scale), 0.0, torch.nan))
+
+
+def reference(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool) -> Tensor:
+    """``alpha * (x @ trits.T)`` from the unpacked weights, in fp32 or, for fp64 inputs, in fp64."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    trits = packing.unpack(codes, rows, x.shape[-1]).to(wide)
+    y, scale = round_tokens(x.to(wide)) if int8 else (x.to(wide), 1.0)
+    return (functional.linear(y, trits) * (alpha.to(wide) * scale)).to(x.dtype)
+
+
+def _compute(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool) -> Tensor:
+    if x.device.type != "cpu" or x.dtype not in DTYPES or native.missing():
+        return reference(x, codes, alpha, rows, int8)
+    flat = x.reshape(-1, x.shape[-1])
+    out = torch.empty(flat.shape[0], rows, dtype=x.dtype)
+    if flat.shape[0]:
+        native.module().ternary_linear(
+            native.view(codes),
+            native.view(alpha),
+            rows,
+            x.shape[-1],
+            native.view(flat),
+            int8,
+            native.view(out),
+            native.threads(x),
+        )
+    return out.reshape(*x.shape[:-1], rows)
+
+
+@torch.library.custom_op("sieve_attn::ternary_linear", mutates_args=())
+def ternary_linear_op(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool) -> Tensor:
+    """``alpha * (x @ trits.T)`` [..., rows] for ``x`` [..., columns], ``codes`` in two bits and ``alpha`` [1 | rows] fp32."""
+    with torch_ops.no_grad():
+        return _compute(x, codes, alpha, rows, int8)
+
+
+@ternary_linear_op.register_fake
+def _(x, codes, alpha, rows, int8):
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, codes, alpha, rows, _ = inputs
+    ctx.save_for_backward(codes, alpha)
+    ctx.sizes = (rows, x.shape[-1])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    # rounding to 8 bits counts as the identity
+    codes, alpha = ctx.saved_tensors
+    return grad @ weight_of(codes, alpha, *ctx.sizes, grad.dtype), None, None, None, None
+
+
+ternary_linear_op.register_autograd(_backward, setup_context=_setup)
+
+
+def ternary_linear(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool = False) -> Tensor:
+    """The operator, passed by where nobody needs to see it: it costs as much as a small layer."""
+    if watched(x):
+        return ternary_linear_op(x, codes, alpha, rows, int8)
+    return _compute(x, codes, alpha, rows, int8)
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Whether the compiler, autograd, a transform or a tensor of another kind must see an operator."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return True
+    return any(type(x) not in (Tensor, Parameter) for x in tensors) or _transforms() is not None or _modes() > 0

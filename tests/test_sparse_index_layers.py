@@ -1,0 +1,194 @@
+"""The layers of number-theoretic attention: what they compute, their caches, their errors."""
+
+import math
+
+import pytest
+import torch
+
+import sieve_attn
+from sieve_attn import layers, native, patterns
+from sieve_attn.layers import MianChowlaSelfAttention, PrimeSelfAttention, SparseIndexAttention, SquareSelfAttention
+from sieve_attn.testing import assert_close
+
+FAMILY = {PrimeSelfAttention: [2, 3, 5, 7, 11, 13], SquareSelfAttention: [1, 4, 9, 16], MianChowlaSelfAttention: [1, 2, 4, 8, 13]}
+LEVELS = native.module().levels() if not native.missing() else ["none"]
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    if native.missing():
+        yield "none"
+        return
+    native.module().force_level(request.param)
+    yield request.param
+    native.module().force_level("")
+
+
+def plain(layer, x, offsets):
+    """The layer as its paper says it, with 1-based positions and one loop over queries."""
+    _, length, width = x.shape
+    heads, dim = layer.heads, width // layer.heads
+    qkv = x @ layer.in_proj.weight.T + layer.in_proj.bias
+    out = torch.zeros_like(x)
+    for h in range(heads):
+        q, k, v = (qkv[..., n * width + h * dim : n * width + (h + 1) * dim] for n in range(3))
+        for i in range(1, length + 1):
+            index = {j for j in range(1, i + 1) if j <= layer.global_tokens or j >= i - layer.window or i - j in offsets}
+            index = torch.tensor(sorted(index)) - 1
+            p = torch.softmax((k[:, index] @ q[:, i - 1, :, None])[..., 0] / math.sqrt(dim), -1)
+            out[:, i - 1, h * dim : (h + 1) * dim] = (p[..., None] * v[:, index]).sum(1)
+    return out @ layer.out_proj.weight.T + layer.out_proj.bias
+
+
+@pytest.mark.parametrize("make", FAMILY)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_layers_compute_what_their_definition_says(level, make, heads):
+    torch.manual_seed(0)
+    layer = make(24, heads)
+    x = torch.randn(2, 17, 24)
+    assert_close(layer(x), plain(layer, x, FAMILY[make]), dtype=torch.float32)
+
+
+def test_they_are_found_where_users_look():
+    for name in ("PrimeSelfAttention", "SquareSelfAttention", "MianChowlaSelfAttention"):
+        assert getattr(sieve_attn, name) is getattr(layers, name)
+    layer = PrimeSelfAttention(8)
+    assert isinstance(layer, SparseIndexAttention)
+    assert (layer.heads, layer.window, layer.global_tokens, layer.seq_len_max) == (1, 3, 2, 4096)
+    assert {n: tuple(p.shape) for n, p in layer.named_parameters()} == {
+        "in_proj.weight": (24, 8), "in_proj.bias": (24,), "out_proj.weight": (8, 8), "out_proj.bias": (8,),
+    }  # fmt: skip
+    assert "Primes()" in repr(layer).replace("terms=None", "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compat", [False, True])
+def test_steps_equal_the_forward_pass(level, dtype, compat):
+    torch.manual_seed(1)
+    layer = MianChowlaSelfAttention(32, 2, seq_len_max=None, upstream_compat=compat, dtype=dtype)
+    x = torch.randn(3, 150, 32).to(dtype)
+    with torch.no_grad():
+        whole = layer(x)
+        cache, rows = layer.empty_cache(3), []
+        for n in [1] * 70 + [7, 1, 60, 12]:
+            row, cache = layer.step(x[:, sum(r.shape[1] for r in rows) :][:, :n], cache)
+            rows.append(row)
+    assert cache.length == 150
+    assert_close(torch.cat(rows, 1), whole, dtype=dtype)
+
+
+def test_an_older_cache_stays_what_it_was():
+    torch.manual_seed(2)
+    layer = PrimeSelfAttention(16, 2)
+    x, other = torch.randn(1, 10, 16), torch.randn(1, 4, 16)
+    with torch.no_grad():
+        _, five = layer.step(x[:, :5], layer.empty_cache(1))
+        before = five.keys_and_values.clone()
+        first, ten = layer.step(x[:, 5:], five)
+        branch, _ = layer.step(other, five)
+        again, _ = layer.step(x[:, 5:], five)
+        assert torch.equal(five.keys_and_values, before)
+        assert torch.equal(first, again)
+        assert_close(branch, layer(torch.cat([x[:, :5], other], 1))[:, 5:], dtype=torch.float32)
+        longer, _ = layer.step(other, ten)
+        assert_close(longer, layer(torch.cat([x, other], 1))[:, 10:], dtype=torch.float32)
+
+
+def test_appending_copies_seldom():
+    layer, x = SquareSelfAttention(8), torch.randn(1, 1, 8)
+    with torch.no_grad():
+        cache, places = layer.empty_cache(1), set()
+        for _ in range(600):
+            _, cache = layer.step(x, cache)
+            places.add(cache.buffer.data.data_ptr())
+    assert len(places) <= 6
+
+
+def test_gradients_go_through_steps():
+    torch.manual_seed(3)
+    layer = PrimeSelfAttention(8, 2, dtype=torch.float64)
+    x = torch.randn(1, 9, 8, dtype=torch.float64, requires_grad=True)
+    wanted = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    cache, total = layer.empty_cache(1), 0.0
+    for n in range(9):
+        y, cache = layer.step(x[:, n : n + 1], cache)
+        total = total + y.square().sum()
+    for a, b in zip(torch.autograd.grad(total, [x, *layer.parameters()]), wanted, strict=True):
+        assert_close(a, b)
+
+
+def test_weights_come_with_both_calls():
+    layer, x = PrimeSelfAttention(12, 3), torch.randn(2, 20, 12)
+    with torch.no_grad():
+        y, weights = layer(x, return_attention=True)
+        assert torch.equal(y, layer(x))
+        assert weights.weight.shape[:3] == (2, 3, 20)
+        assert_close(weights.weight.sum(-1), torch.ones(2, 3, 20), dtype=torch.float32)
+        _, cache = layer.step(x[:, :19], layer.empty_cache(2))
+        _, last, cache = layer.step(x[:, 19:], cache, return_attention=True)
+        assert_close(last.to_dense(20), weights.to_dense(20)[:, :, 19:], dtype=torch.float32)
+
+
+def test_own_offsets_and_none_besides():
+    torch.manual_seed(4)
+    layer, x = SparseIndexAttention(8, (3, 5), window=0, global_tokens=0), torch.randn(1, 12, 8)
+    assert layer.pattern == patterns.OffsetPattern((3, 5)) | patterns.Window(1)
+    assert_close(layer(x), plain(layer, x, [3, 5]), dtype=torch.float32)
+
+
+def test_upstream_compat_changes_only_the_first_rows():
+    torch.manual_seed(5)
+    layer, x = PrimeSelfAttention(8, window=3, global_tokens=2), torch.randn(1, 30, 8)
+    compat = PrimeSelfAttention(8, window=3, global_tokens=2, upstream_compat=True)
+    compat.load_state_dict(layer.state_dict())
+    a, b = layer(x), compat(x)
+    changed = (a - b).abs().amax((0, 2)) > 1e-6
+    # 1-based: token 1 has no earlier token; token 6 is the first whose window holds no global token
+    assert changed.nonzero()[:, 0].tolist() == [1, 2, 3, 4]
+    assert torch.equal(a[:, 5:], b[:, 5:])
+
+
+def test_the_compiler_sees_one_graph():
+    layer, x = PrimeSelfAttention(16, 2), torch.randn(1, 12, 16)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), layer(x), dtype=torch.float32)
+
+
+X = torch.zeros(1, 5, 8)
+BAD = {
+    "heads": (lambda: PrimeSelfAttention(10, 4), ("`heads`", "divide embed_dim 10", "4")),
+    "no heads": (lambda: PrimeSelfAttention(10, 0), ("`heads`", "at least 1", "0")),
+    "no width": (lambda: PrimeSelfAttention(0), ("`embed_dim`", "at least 1")),
+    "negative window": (lambda: PrimeSelfAttention(8, window=-1), ("`window`", "at least 0", "-1")),
+    "negative globals": (lambda: PrimeSelfAttention(8, global_tokens=-2), ("`global_tokens`", "at least 0", "-2")),
+    "no length": (lambda: PrimeSelfAttention(8, seq_len_max=0), ("`seq_len_max`", "at least 1", "None")),
+    "no offsets": (lambda: SparseIndexAttention(8, ()), ("`offsets`", "at least one")),
+    "falling offsets": (lambda: SparseIndexAttention(8, (5, 3)), ("`offsets`", "must increase", "3 after 5")),
+    "offset 0": (lambda: SparseIndexAttention(8, (0, 3)), ("`offsets`", "at least 1", "0")),
+    "offset below 0": (lambda: SparseIndexAttention(8, (-4,)), ("`offsets`", "at least 1", "-4")),
+    "too long": (lambda: PrimeSelfAttention(8, seq_len_max=4)(X), ("`x`", "seq_len_max 4", "5 tokens", "seq_len_max=None")),
+    "wrong width": (lambda: PrimeSelfAttention(16)(X), ("`x`", "[batch, len, 16]", "(1, 5, 8)")),
+    "wrong rank": (lambda: PrimeSelfAttention(8)(X[0]), ("`x`", "[batch, len, 8]", "(5, 8)")),
+    "no tokens": (lambda: PrimeSelfAttention(8)(X[:, :0]), ("`x`", "at least one token", "(1, 0, 8)")),
+    "no plan": (lambda: PrimeSelfAttention(8, plan="fast")(X), ("`plan`", "'fast'")),
+    "no batch": (lambda: PrimeSelfAttention(8).empty_cache(0), ("`batch_size`", "at least 1")),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_words(case):
+    call, words = BAD[case]
+    with pytest.raises(ValueError, match=r".+; got .+; .+") as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_steps_are_checked_against_their_cache():
+    layer = PrimeSelfAttention(8, seq_len_max=6)
+    _, cache = layer.step(X, layer.empty_cache(1))
+    _, full = layer.step(X[:, :1], cache)
+    with pytest.raises(ValueError, match=r"`x` must not go beyond seq_len_max 6; got 7 tokens"):
+        layer.step(X[:, :1], full)
+    with pytest.raises(ValueError, match=r"`x` must have the batch of the cache, 1"):
+        layer.step(X[:, :1].repeat(2, 1, 1), cache)
