@@ -116,9 +116,10 @@ def select(call: Call, geometry: Geometry, policy: Any) -> tuple[Selection, tupl
         exact = policy.scorer.query_bits is None
         key = call.key if _side_by_side(call.key) or not certified else xp.contiguous(call.key)
         gate.set_sketch(
-            key=held(key), bits=min(policy.scorer.bits, sketch.bits), sketch_bits=sketch.bits, digits=2 if certified else DIGITS if exact else 1,
-            planes=held(sketch.planes[0]), plane_stride=_stride(sketch.planes, 0), scale=held(sketch.scale),
-            channel_scale=held(sketch.channel_scale), error=held(sketch.error), metric_error=held(sketch.metric_error),
+            key=held(key), bits=min(policy.scorer.bits, sketch.bits), sketch_bits=sketch.bits,
+            digits=2 if certified else DIGITS if exact else 1, planes=held(sketch.planes[0]),
+            plane_stride=_stride(sketch.planes, 0), scale=held(sketch.scale), channel_scale=held(sketch.channel_scale),
+            error=held(sketch.error), metric_error=held(sketch.metric_error),
             spectral=None if sketch.spectral is None else held(sketch.spectral),
             metric_spectral=None if sketch.metric_spectral is None else held(sketch.metric_spectral),
         )  # fmt: skip
