@@ -99,8 +99,8 @@ def _gates(n: int, density: float) -> dict[str, tuple[str, int]]:
     """
     few = {block: max(1, round((density * (n + 64) / 2 - 64) / block)) for block in (64, 16)}
     return {
-        "centroids": (f"Policy(Euclidean(), TopK({few[64]}), block_size=64)", 64),
-        "4-bit sketch": (f"Policy(KeySketch(4), TopK({few[16]}), query_stride=4)", 16),
+        "centroids": (f"Policy(Mean(), TopK({few[64]}), block_size=64)", 64),
+        "4-bit sketch": (f"Policy(KeySketch(4, 8), TopK({few[16]}), query_stride=4)", 16),
     }
 
 
@@ -119,7 +119,7 @@ def _gate(settings: Settings) -> Iterator[Case]:
                 yield Case("gate", f"break-even: {name}", dtype, length, length, dims[0], block, policy=policy, targets=targets)
         if settings.allows(1024):
             near = Target("ratio_sdpa", 0.95, or_ms=0.05)
-            short = "Policy(KeySketch(4), Mass(0.99), min_seq_length=4096)"
+            short = "Policy(KeySketch(4, 8), Mass(0.99), min_seq_length=4096)"
             yield Case("gate", "turns dense", dtype, 1024, 1024, dims[0], 16, policy=short, targets=(near,))
     yield from _published(settings)
 
@@ -130,7 +130,7 @@ def _published(settings: Settings) -> Iterator[Case]:
         ("32K clustered", 32_768, "top_blocks(k=64)", "clustered", (Target("ratio_sdpa", 4.0),)),
     ]
     if settings.long:
-        million = "Policy(KeySketch(4), TargetSparsity(0.99), query_stride=4)"
+        million = "Policy(Mean(), TargetSparsity(0.99), block_size=64, query_stride=16)"
         most = Target("resident_mb", MEGABYTES["1M"], most=True)
         wanted += [
             ("128K typical", 131_072, "top_blocks(k=64)", "typical", (Target("ratio_sdpa", 7.0),)),
@@ -138,7 +138,8 @@ def _published(settings: Settings) -> Iterator[Case]:
         ]
     for name, n, policy, keys, targets in wanted:
         if settings.allows(n):
-            yield Case("gate", name, "bfloat16", n, n, 64, 16, policy=policy, keys=keys, targets=targets)
+            block = 64 if "block_size=64" in policy else 16
+            yield Case("gate", name, "bfloat16", n, n, 64, block, policy=policy, keys=keys, targets=targets)
 
 
 def _decode(settings: Settings) -> Iterator[Case]:
@@ -147,9 +148,9 @@ def _decode(settings: Settings) -> Iterator[Case]:
     modes = {
         "dense": (None, 16, "uniform"),
         "given selection": (None, 16, "uniform"),
-        "centroids": (f"Policy(Euclidean(), TopK({coarse}), block_size=64)", 64, "uniform"),
-        "2-bit sketch": (f"Policy(KeySketch(2), TopK({fine}))", 16, "uniform"),
-        "4-bit sketch": (f"Policy(KeySketch(4), TopK({fine}))", 16, "uniform"),
+        "centroids": (f"Policy(Mean(), TopK({coarse}), block_size=64)", 64, "uniform"),
+        "2-bit sketch": (f"Policy(KeySketch(2, 8), TopK({fine}))", 16, "uniform"),
+        "4-bit sketch": (f"Policy(KeySketch(4, 8), TopK({fine}))", 16, "uniform"),
         "certified(0.05)": ("certified(error=0.05)", 16, "peaked"),
     }
     for dtype in settings.dtypes or ("bfloat16",):

@@ -149,10 +149,10 @@ def scan_bytes(geometry: Geometry, policy: policies.Policy) -> int:
     """What choosing must read at least: the summaries, or the planes of the scorer (one, where planes are read progressively)."""
     sketch = geometry.sketch
     if sketch is None:
-        return geometry.mean.nbytes + geometry.radius.nbytes
+        return geometry.mean.nbytes + (0 if geometry.radius is None else geometry.radius.nbytes)
     if policy.selector.needs_brackets:
         errors = (sketch.error, sketch.metric_error, sketch.spectral, sketch.metric_spectral)
-        return sketch.planes[0].nbytes + sketch.scale.nbytes + sum(x.nbytes for x in errors)
+        return sketch.planes[0].nbytes + sketch.scale.nbytes + sum(x.nbytes for x in errors if x is not None)
     return sketch.planes[: policy.scorer.bits].nbytes + sketch.scale.nbytes + sketch.channel_scale.nbytes
 
 

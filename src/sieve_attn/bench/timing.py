@@ -19,6 +19,7 @@ PEAK_BY = (
     "growth of resident memory during the first call of a row: VmHWM, reset through /proc/self/clear_refs after malloc_trim, "
     "less VmRSS before the call"
 )
+LONG = 2.0  # seconds: what takes longer does not live by its caches
 LEAST_SECONDS, MOST_SAMPLES = 0.2, 101  # short calls are repeated until a median has so much time behind it
 MOST_SECONDS, FEWEST_SAMPLES = 120.0, 3  # and long ones are repeated less
 
@@ -43,7 +44,9 @@ def interleave(
     """Seconds by name: all calls in turn, each turn beginning with another one; ``repeats`` turns, more until short calls fill
     ``least_seconds``, and fewer (not below 3) where they would take more than two minutes.
 
-    The calls must have run before. ``parts(name, result)`` may add seconds that a result knows about itself.
+    Each clocked call follows one of its own that is not, so that caches hold what this call left and not what another one did
+    (calls longer than ``LONG`` are not repeated). The calls must have run before. ``parts(name, result)`` may add seconds that a
+    result knows about itself.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     names, turn, turns, collecting = list(calls), 0, repeats, gc.isenabled()
@@ -51,6 +54,8 @@ def interleave(
     try:
         while turn < turns:
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                if not found[name] or found[name][-1] < LONG:
+                    calls[name]()
                 start = time.perf_counter()
                 result = calls[name]()
                 found[name].append(time.perf_counter() - start)
