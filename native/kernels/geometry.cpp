@@ -18,26 +18,6 @@ static inline float round_up(double x) {
   return (double)f < x ? __builtin_nextafterf(f, __builtin_inff()) : f;
 }
 
-static inline float most(vf x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)x);
-#else
-  float best = x[0];
-  for (int i = 1; i < LANES; ++i) best = x[i] > best ? x[i] : best;
-  return best;
-#endif
-}
-
-static inline bool any_lane(vi x) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
-#else
-  int32_t all = 0;
-  for (int l = 0; l < LANES; ++l) all |= x[l];
-  return all != 0;
-#endif
-}
-
 static inline vf size_of(vf x) { return (vf)((vi)x & splat_int(0x7fffffff)); }
 static inline vf floor_of(vf x) { return __builtin_convertvector(__builtin_convertvector(x, vi), vf); }  // 0 <= x < 2^31
 
@@ -199,7 +179,7 @@ static inline void sketch_keys(const Quantiser& s, const float* keys, const uint
       store(white + i * wide + v * LANES, x);
       peaks = max_(size_of(x), peaks);
     }
-    peak[i] = most(peaks);
+    peak[i] = lane_max(peaks);
   }
   for (int k = 0; k < Clips; ++k)
     for (int l = 0; l < GROUP; l += LANES) {

@@ -7,26 +7,6 @@
 namespace sieve {
 namespace SIEVE_LEVEL {
 
-static inline bool any_lane(vi x) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
-#else
-  int32_t all = 0;
-  for (int l = 0; l < LANES; ++l) all |= x[l];
-  return all != 0;
-#endif
-}
-
-static inline float lane_max(vf x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)x);
-#else
-  float best = x[0];
-  for (int i = 1; i < LANES; ++i) best = x[i] > best ? x[i] : best;
-  return best;
-#endif
-}
-
 // log2 of positive normal numbers, within 2^-22 of the result or of 1
 static inline vf log2_(vf x) {
   const vi bits = (vi)x;

@@ -108,7 +108,8 @@ def attention(
             checks.geometry_fits(geometry, key, key_mask, policy.block_size, policy.statistics)
         seconds["geometry"], clock = perf_counter() - clock, perf_counter()
         selection, counts, fallbacks = select(call, geometry, policy, per_query=per_query, backend=backend)
-        selected_by = selection_backend(call, geometry, policy, per_query, backend)
+        if return_report:
+            selected_by = selection_backend(call, geometry, policy, per_query, backend)
         seconds["selection"], clock = perf_counter() - clock, perf_counter()
 
     field = None

@@ -21,10 +21,10 @@ class _Path(nn.Module):
     d_model: int
 
     def _run(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define `_run`")
 
     def _empty(self, batch: int, like: dict) -> Tensor:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define `_empty`")
 
     def empty_cache(self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The state before the first token: zeros."""
