@@ -79,6 +79,7 @@ struct LineTile {
 };
 
 constexpr int SCAN_PANELS = 4;  // panels that are scanned together
+constexpr int SCAN_CHUNK = SCAN_PANELS * PANEL_KEYS;
 constexpr int SCAN_ROWS = 4;    // query rows of a group; every group has its own columns
 
 // Rounded queries of one KV head against bit planes of its keys. A query is a sum of `digits` rows of integers; row r of group g
