@@ -125,9 +125,9 @@ def test_appending_copies_seldom():
         cache = cache.append((torch.ones(1, 1, 1, 2),), False)
         if cache.arrays[0].data_ptr() != place:
             place, moved = cache.arrays[0].data_ptr(), moved + 1
-    assert moved <= 12
+    assert moved <= 17  # a quarter more each time
     assert float(cache.arrays[0].sum()) == 8192
-    assert cache._storage.buffers[0].shape[2] <= 2 * 4096 + LEAST
+    assert cache._storage.buffers[0].shape[2] <= 1.25 * 4096 + LEAST
 
 
 def test_inference_mode_and_caches_from_it():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from sieve_attn import geometry, policies
 from sieve_attn.transformers import ModelReport, StreamedLayer, capture, desparsify, report, sparsify
@@ -226,6 +227,52 @@ def test_sealed_blocks_are_summarised_once(llama, prompt, monkeypatch):
     monkeypatch.setattr(edit, "build", lambda key, *a, **k: read.append(key.shape[2]) or build(key, *a, **k))
     _logits(llama, {"input_ids": ids[:, :1]}, past_key_values=cache)
     assert read == [(LENGTH + 1) % SPARSE.block_size] * 2
+
+
+def test_the_cache_holds_what_a_plain_one_holds_after_every_edit():
+    plain, ours = DynamicLayer(), StreamedLayer(policies.TopBlocks(2))
+    beams = torch.tensor([1, 1, 0, 2])
+    edits = (
+        lambda c: c.reorder_cache(torch.tensor([2, 0, 1])), lambda c: c.crop(-3), lambda c: c.batch_repeat_interleave(2),
+        lambda c: c.batch_select_indices(beams), lambda c: c.offload(), lambda c: c.prefetch(), lambda c: c.reset(),
+    )  # fmt: skip
+    seen = []
+    for edit in (*edits, None):
+        for n in (40, 1, 1, 5):
+            batch = 3 if plain.get_seq_length() == 0 else plain.keys.shape[0]
+            key, value = torch.randn(batch, 2, n, 8), torch.randn(batch, 2, n, 6)
+            with torch.no_grad():
+                mine = ours.update(key, value)
+            seen.append([(x, x.clone()) for x in mine])
+            for a, b in zip(mine, plain.update(key, value), strict=True):
+                assert torch.equal(a, b)
+        for cache in (plain, ours) if edit else ():
+            edit(cache)
+    for before, then in (pair for pairs in seen for pair in pairs):
+        assert torch.equal(before, then)
+
+
+def test_a_decoding_step_moves_no_key():
+    cache = StreamedLayer(policies.TopBlocks(2))
+    with torch.no_grad():
+        cache.update(torch.randn(1, 2, 1000, 8), torch.randn(1, 2, 1000, 8))
+        places = {cache.update(torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8))[0].data_ptr() for _ in range(200)}
+    assert len(places) == 1
+
+
+def test_gradients_flow_through_the_cache(llama):
+    sparsify(llama, policies.Aether(-torch.inf))
+    ids = torch.arange(40)[None] % 30 + 3
+    try:
+        whole = llama(ids, use_cache=False).logits[0, -1]
+        expected = torch.autograd.grad(whole.square().sum(), list(llama.parameters()), allow_unused=True)
+        half = llama(ids[:, :30], use_cache=True)
+        rest = llama(ids[:, 30:], past_key_values=half.past_key_values, use_cache=True).logits[0, -1]
+        found = torch.autograd.grad(rest.square().sum(), list(llama.parameters()), allow_unused=True)
+    finally:
+        desparsify(llama)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_padding_that_changes_afterwards_makes_the_stream_start_anew(llama, prompt):

@@ -20,9 +20,9 @@ class _Storage:
 class GrowingArrays:
     """A tuple of arrays [batch, heads, length, width_i] that is never changed: ``append`` returns a longer one.
 
-    Where no gradient is recorded, new entries are written behind the old ones into buffers that double when they are full, so
-    that appending costs O(new entries) on average. The first of several appends to one object does that; the others copy what
-    they keep (a branch). Where a gradient is recorded, appending concatenates: autograd sees every entry.
+    Where no gradient is recorded, new entries are written behind the old ones into buffers that grow by a quarter when they
+    are full, so that appending costs O(new entries) on average. The first of several appends to one object does that; the
+    others copy what they keep (a branch). Where a gradient is recorded, appending concatenates: autograd sees every entry.
     """
 
     __slots__ = ("_storage", "length")
@@ -33,6 +33,12 @@ class GrowingArrays:
     @classmethod
     def empty(cls, batch: int, heads: int, widths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> GrowingArrays:
         return cls(_Storage([torch.empty(batch, heads, 0, width, device=device, dtype=dtype) for width in widths], 0), 0)
+
+    @classmethod
+    def of(cls, *arrays: Tensor) -> GrowingArrays:
+        """From arrays [batch, heads, length, width_i] made elsewhere; they are copied when something is appended."""
+        length = arrays[0].shape[2]
+        return cls(_Storage(list(arrays), length), length)
 
     @property
     def arrays(self) -> tuple[Tensor, ...]:
@@ -54,7 +60,7 @@ class GrowingArrays:
         storage = self._storage
         with torch.no_grad():
             if storage.used != self.length or not all(_writable(b, total) for b in storage.buffers):
-                storage = self._copied(max(LEAST, 2 * total))
+                storage = self._copied(total + max(LEAST, total // 4))
             for buffer, x in zip(storage.buffers, new, strict=True):
                 buffer[:, :, self.length : total] = x
         storage.used = total

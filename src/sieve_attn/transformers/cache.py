@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from sieve_attn.geometry import Geometry, Stream
+from sieve_attn.layers.growing import GrowingArrays
 from sieve_attn.policies import Policy
 
 
@@ -16,7 +17,8 @@ class StreamedLayer(DynamicLayer):
     """``DynamicLayer`` with a :class:`~sieve_attn.geometry.Stream`, which follows every change of the cache.
 
     Sealed blocks are summarised once; appending costs O(new keys). The padding mask is known only where attention is
-    computed, so that is where the stream catches up: :meth:`geometry`.
+    computed, so that is where the stream catches up: :meth:`geometry`. Keys and values lie in buffers with room behind them,
+    which ``update`` fills in place where no gradient is recorded.
     """
 
     def __init__(self, policy: Policy):
@@ -25,6 +27,7 @@ class StreamedLayer(DynamicLayer):
         self._unchanged = 0  # leading keys that are as the stream last saw them
         self._padding: Tensor | None = None
         self._handed_out: tuple | None = None
+        self._grown: GrowingArrays | None = None
 
     def fits(self, policy: Policy) -> bool:
         return self.stream.block_size == policy.block_size and self.stream.statistics == policy.statistics
@@ -42,9 +45,24 @@ class StreamedLayer(DynamicLayer):
         return known
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        self._handed_out = _identity(keys)
-        return keys, values
+        if torch.is_grad_enabled() or key_states.shape[:2] != value_states.shape[:2]:
+            self.keys, self.values = super().update(key_states, value_states, *args, **kwargs)
+        else:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            self._grown = self._room(key_states, value_states).append((key_states, value_states), recorded=False)
+            self.keys, self.values = self._grown.arrays
+        self._handed_out = _identity(self.keys)
+        return self.keys, self.values
+
+    def _room(self, key: Tensor, value: Tensor) -> GrowingArrays:
+        """What the cache holds, ready to grow; whatever else changed the cache put new tensors in place of ours."""
+        if self.get_seq_length() == 0:
+            widths = (key.shape[3], value.shape[3])
+            return GrowingArrays.empty(*key.shape[:2], widths, key.device, key.dtype)
+        if self._grown is not None and self._handed_out == _identity(self.keys):
+            return self._grown
+        return GrowingArrays.of(self.keys, self.values)
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
@@ -53,7 +71,11 @@ class StreamedLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self.stream.reset()
-        self._unchanged, self._padding, self._handed_out = 0, None, None
+        self._unchanged, self._padding, self._handed_out, self._grown = 0, None, None, None
+
+    def offload(self) -> None:
+        super().offload()
+        self._grown = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
