@@ -2,6 +2,7 @@
 #include "kernels/amx.h"
 #include "kernels/functions.h"
 #include "kernels/gemm.h"
+#include "kernels/lines.h"
 #include "kernels/transpose.h"
 
 namespace sieve {
@@ -69,8 +70,73 @@ static inline void fetch_next(const Tile& t, const Lines& x, int n) {
   fetch(x, panel, (int)there);
 }
 
+// A few rows go over keys and values as they lie.
+template <DType T>
+static void attend_direct(const LineTile& job) {
+  const Tile& t = job.tile;
+  const FlushToZero flush;
+  const int wide = (int)up(t.dv, 16);
+  Scratch scratch{static_cast<char*>(t.scratch)};
+  float* s = scratch.take<float>(MAX_ROWS * S_STRIDE);
+  char* copy = scratch.take<char>(PANEL * up(t.d > wide ? t.d : wide, 16) * 4);
+  const float* q = static_cast<const float*>(t.q);
+  const float unit = exponent_unit(t);
+  const bool shaped = transformed(t);
+  float* values = t.sanitize ? scratch.take<float>((int64_t)CHUNK * wide) : nullptr;
+  float* marks = t.sanitize ? scratch.take<float>((int64_t)MAX_ROWS * wide) : nullptr;
+  if (t.sanitize) memset(marks, 0, sizeof(float) * t.rows * wide);
+  Softmax sums;
+  start(t, sums, wide);
+  for (int n = 0; n < t.panels; n += CHUNK_PANELS) {
+    const int count = t.panels - n < CHUNK_PANELS ? t.panels - n : CHUNK_PANELS;
+    const char* row[CHUNK];
+    int rows = 0;
+    bool touched = shaped;
+    for (int p = 0; p < count; ++p) {
+      const int64_t number = t.panel[n + p];
+      const int there = keys_there(t, number);
+      touched |= t.masked[n + p] != 0;
+      fetch_next(t, job.k, n + p);
+      const Panel16 k = panel_of(job.k, number, there, false, copy);
+      dot_panel<T>(q, t.rows, t.d, k.data, k.stride, there, s + p * PANEL);
+    }
+    if (touched)
+      for (int r = 0; r < t.rows; ++r) shape_logits(t, n, count, r, s + r * S_STRIDE, nullptr);
+    for (int p = 0; p < count; ++p) {
+      const int64_t number = t.panel[n + p];
+      fetch_next(t, job.v, n + p);
+      for (int i = 0; i < keys_there(t, number); ++i) row[rows++] = line(job.v, number * PANEL + i);
+    }
+    if (t.sanitize)
+      for (int j = 0; j < rows; ++j) {
+        float* to = values + (int64_t)j * wide;
+        read_row(row[j], 1, T, t.dv, wide, to);
+        mark_non_finite(t, marks, s, to, to, j, t.dv, wide);
+        row[j] = reinterpret_cast<const char*>(to);
+      }
+    for (int r = 0; r < t.rows; ++r) soften(t, sums, r, s + r * S_STRIDE, count * PANEL, unit, wide);
+    if (t.sanitize)
+      add_values<F32>(s, t.rows, rows, row, t.dv, t.o, wide);
+    else
+      add_values<T>(s, t.rows, rows, row, t.dv, t.o, wide);
+  }
+  finish(t, sums, marks, wide);
+}
+
+static inline bool direct(const LineTile& job) {
+  const Tile& t = job.tile;
+  return t.rows <= DIRECT_ROWS && t.d % LANES == 0 && t.dv % PANEL == 0 && job.k.dtype == job.v.dtype;
+}
+
 void attend_lines(const LineTile& job) {
   const Tile& t = job.tile;
+  if (direct(job)) {
+    switch (job.k.dtype) {
+      case F32: return attend_direct<F32>(job);
+      case F16: return attend_direct<F16>(job);
+      default: return attend_direct<BF16>(job);
+    }
+  }
   const FlushToZero flush;
   const int wide = (int)up(t.dv, 16);
   Scratch scratch{static_cast<char*>(t.scratch)};
