@@ -128,6 +128,14 @@ OffsetAttention offset_attention(const View& q, const View& k, const View& v, co
   return {q, k, v, list, reached, std::min(prefix, k.shape[2]), scale, threads};
 }
 
+Wheel wheel(int64_t modulus, const View& residues) {
+  const Wheel w{modulus, static_cast<const int64_t*>(residues.data), residues.shape[3]};
+  for (int64_t i = 0; i < w.residue_count; ++i)
+    if (w.residues[i] < (i ? w.residues[i - 1] + 1 : 0) || w.residues[i] >= modulus)
+      throw std::invalid_argument("`residues` must increase and lie below the modulus");
+  return w;
+}
+
 void choose_ranges(Attention& a, int64_t prefix, int64_t window, bool two_sided) {
   a.choice = Choice{};
   a.choice.prefix = prefix;
@@ -454,11 +462,8 @@ NB_MODULE(_native, m) {
   m.def("attend_wheel",
         [](const View& q, const View& k, const View& v, const View& offsets, int64_t prefix, float scale, int threads,
            int64_t modulus, const View& residues, const View& out, const View& lse) {
-          const Wheel w{modulus, static_cast<const int64_t*>(residues.data), residues.shape[3]};
-          for (int64_t i = 0; i < w.residue_count; ++i)
-            if (w.residues[i] < (i ? w.residues[i - 1] + 1 : 0) || w.residues[i] >= modulus)
-              throw std::invalid_argument("`residues` must increase and lie below the modulus");
-          attend_wheel(offset_attention(q, k, v, offsets, prefix, scale, threads), w, out, static_cast<float*>(lse.data));
+          attend_wheel(offset_attention(q, k, v, offsets, prefix, scale, threads), wheel(modulus, residues), out,
+                       static_cast<float*>(lse.data));
         },
         released);
   m.def("attend_offsets_backward",
@@ -466,6 +471,14 @@ NB_MODULE(_native, m) {
            const View& d_out, const View& lse, const View& shift, const View& dq, const View& dk, const View& dv) {
           attend_offsets_backward(offset_attention(q, k, v, offsets, prefix, scale, threads),
                                   OffsetGradients{d_out, static_cast<float*>(lse.data), static_cast<float*>(shift.data), dq, dk, dv});
+        },
+        released);
+  m.def("attend_wheel_backward",
+        [](const View& q, const View& k, const View& v, const View& offsets, int64_t prefix, float scale, int threads,
+           int64_t modulus, const View& residues, const View& d_out, const View& lse, const View& shift, const View& dq,
+           const View& dk, const View& dv) {
+          attend_wheel_backward(offset_attention(q, k, v, offsets, prefix, scale, threads), wheel(modulus, residues),
+                                OffsetGradients{d_out, static_cast<float*>(lse.data), static_cast<float*>(shift.data), dq, dk, dv});
         },
         released);
   m.def("level", &level);

@@ -16,7 +16,6 @@ namespace sieve {
 namespace {
 
 constexpr int64_t TILE = 512;                        // query rows that slide over a chunk of the list together
-constexpr int64_t GRADIENT_TILE = 512;               // their weights and slopes are held for a chunk
 constexpr int64_t COPIED_BYTES = int64_t{1} << 27;   // heads whose copies are held at a time
 
 struct Space {
@@ -143,108 +142,6 @@ void attend_offsets(const OffsetAttention& a, const View& out, float* lse) {
                                                               at(out, b, h, first + r, 0), out.stride[3], out.dtype);
     });
   }
-}
-
-void attend_offsets_backward(const OffsetAttention& a, const OffsetGradients& g) {
-  const Kernels& kernel = kernels();
-  const int64_t batch = a.q.shape[0], kv_heads = a.k.shape[1], group = a.q.shape[1] / kv_heads, q_len = a.q.shape[2];
-  const int64_t kv_len = a.k.shape[2], offset = kv_len - q_len, d = up(a.k.shape[3], 16), dv = up(a.v.shape[3], 16);
-  const int64_t tiles = (q_len + GRADIENT_TILE - 1) / GRADIENT_TILE, key_heads = batch * kv_heads;
-  // how work is cut depends on shapes alone, so that gradients are the same on any number of threads
-  const int64_t parts = std::min<int64_t>(std::max<int64_t>(1, 4 / key_heads), tiles);
-  std::vector<int64_t> front(a.prefix);
-  std::iota(front.begin(), front.end(), int64_t{0});
-  struct Sums {
-    Buffer<float> dk, dv;
-  };
-  std::vector<Sums> sums(key_heads * parts);
-  parallel_for(key_heads * parts, a.threads, [&](int64_t item, int) {
-    const int64_t b = item / parts / kv_heads, kv = item / parts % kv_heads, part = item % parts;
-    Rows32 k, v, k_clean, v_clean;
-    k.read(a.k, b, kv);
-    v.read(a.v, b, kv);
-    const auto finite = [&](const Rows32& x, int64_t width) {
-      for (int64_t j = 0; j < kv_len; ++j)
-        if (!kernel.all_finite(x.data + j * x.stride, width)) return false;
-      return true;
-    };
-    if (!finite(k, d)) k_clean.read(a.k, b, kv, true);
-    if (!finite(v, dv)) v_clean.read(a.v, b, kv, true);
-    Sums& total = sums[item];
-    total.dk = Buffer<float>(kv_len * d);
-    total.dv = Buffer<float>(kv_len * dv);
-    std::fill_n(total.dk.get(), kv_len * d, 0.0f);
-    std::fill_n(total.dv.get(), kv_len * dv, 0.0f);
-    Buffer<float> q(GRADIENT_TILE * d), q_clean(GRADIENT_TILE * d), pull(GRADIENT_TILE * dv), dq(GRADIENT_TILE * d);
-    Buffer<float> scratch(2 * GRADIENT_TILE * OFFSET_CHUNK);
-    float lse[GRADIENT_TILE], shift[GRADIENT_TILE];
-    for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
-      for (int64_t tile = part; tile < tiles; tile += parts) {
-        const int64_t first = tile * GRADIENT_TILE, rows = std::min(GRADIENT_TILE, q_len - first), p = offset + first;
-        read_queries(a.q, b, h, first, 1, rows, a.scale * OFFSET_LOG2E, d, false, q.get());
-        read_queries(a.q, b, h, first, 1, rows, a.scale, d, true, q_clean.get());
-        read_queries(g.d_out, b, h, first, 1, rows, 1.0f, dv, false, pull.get());
-        std::fill_n(dq.get(), rows * d, 0.0f);
-        for (int64_t r = 0; r < rows; ++r) {
-          lse[r] = g.lse[flat_row(a, b, h, first + r)] * OFFSET_LOG2E;
-          shift[r] = g.shift[flat_row(a, b, h, first + r)];
-        }
-        const Rows32 &kc = k_clean.data ? k_clean : k, &vc = v_clean.data ? v_clean : v;
-        OffsetGradient x{};
-        x.t = OffsetTile{int32_t(rows), int32_t(d), int32_t(dv), q.get(), nullptr, 0, p, 1, k.data, vc.data, 0, 0, k.stride,
-                         vc.stride, nullptr, nullptr, nullptr};
-        x.lse = lse;
-        x.shift = shift;
-        x.d_out = pull.get();
-        x.q_clean = q_clean.get();
-        x.k_clean = kc.data;
-        x.clean_row = 0;
-        x.clean_step = kc.stride;
-        x.dq = dq.get();
-        x.dk = total.dk.get();
-        x.dv_sum = total.dv.get();
-        x.scratch = scratch.get();
-        const auto each_chunk = [&](const int64_t* list, int64_t count) {
-          for (int64_t from = 0; from < count; from += OFFSET_CHUNK) {
-            x.t.list = list + from;
-            x.t.count = static_cast<int32_t>(std::min<int64_t>(OFFSET_CHUNK, count - from));
-            kernel.gradient_offsets(x);
-          }
-        };
-        x.sum_at = 0;
-        each_chunk(front.data(), std::min<int64_t>(a.prefix, std::max<int64_t>(p + rows, 0)));
-        x.sum_at = p;
-        x.t.limit = p - a.prefix;
-        x.t.k = k.data + p * k.stride;
-        x.t.v = vc.data + p * vc.stride;
-        x.t.k_row = k.stride;
-        x.t.v_row = vc.stride;
-        x.t.k_step = -k.stride;
-        x.t.v_step = -vc.stride;
-        x.k_clean = kc.data + p * kc.stride;
-        x.clean_row = kc.stride;
-        x.clean_step = -kc.stride;
-        each_chunk(a.offsets, std::upper_bound(a.offsets, a.offsets + a.count, p + rows - 1 - a.prefix) - a.offsets);
-        for (int64_t r = 0; r < rows; ++r) {
-          float* row = dq.get() + r * d;
-          for (int64_t c = 0; c < d; ++c) row[c] *= a.scale;
-          kernel.write_row(row, a.q.shape[3], at(g.dq, b, h, first + r, 0), g.dq.stride[3], g.dq.dtype);
-        }
-      }
-  });
-  parallel_for(key_heads, a.threads, [&](int64_t item, int) {
-    const int64_t b = item / kv_heads, kv = item % kv_heads;
-    const Sums& to = sums[item * parts];
-    for (int64_t part = 1; part < parts; ++part) {
-      const Sums& from = sums[item * parts + part];
-      for (int64_t i = 0; i < kv_len * d; ++i) to.dk[i] += from.dk[i];
-      for (int64_t i = 0; i < kv_len * dv; ++i) to.dv[i] += from.dv[i];
-    }
-    for (int64_t j = 0; j < kv_len; ++j) {
-      kernel.write_row(to.dk.get() + j * d, a.k.shape[3], at(g.dk, b, kv, j, 0), g.dk.stride[3], g.dk.dtype);
-      kernel.write_row(to.dv.get() + j * dv, a.v.shape[3], at(g.dv, b, kv, j, 0), g.dv.stride[3], g.dv.dtype);
-    }
-  });
 }
 
 }  // namespace sieve

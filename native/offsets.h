@@ -33,5 +33,6 @@ struct OffsetGradients {
 };
 
 void attend_offsets_backward(const OffsetAttention& a, const OffsetGradients& g);
+void attend_wheel_backward(const OffsetAttention& a, const Wheel& w, const OffsetGradients& g);
 
 }  // namespace sieve

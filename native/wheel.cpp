@@ -10,32 +10,13 @@
 #include "level.h"
 #include "offset_rows.h"
 #include "parallel.h"
+#include "wheel_tiles.h"
 
 namespace sieve {
 
 namespace {
 
 constexpr int64_t HELD_BYTES = int64_t{1} << 28;  // packed heads that are held at a time
-
-// Which u have m * u + residue among the offsets: for every `from` the 16 of them that a row sees in a panel of keys.
-struct Spokes {
-  int64_t residue;
-  std::vector<uint16_t> bits;
-
-  Spokes(const OffsetAttention& a, int64_t modulus, int64_t residue) : residue(residue) {
-    bits.assign(a.k.shape[2] / modulus + 2 + 2 * PANEL_KEYS, 0);
-    for (int64_t i = 0; i < a.count; ++i)
-      if (a.offsets[i] % modulus == residue)
-        for (int64_t bit = 0; bit < PANEL_KEYS; ++bit)
-          bits[a.offsets[i] / modulus + bit + PANEL_KEYS] |= static_cast<uint16_t>(1u << bit);
-  }
-  // [0] bit i: u = from - i is there; [1] the same for the next row, and so on. -16 <= from.
-  const uint16_t* keys(int64_t from) const { return bits.data() + from + PANEL_KEYS; }
-};
-
-struct Group {
-  int64_t keys, first_panel, first_query, tiles;  // queries: numbers first_query .. keys - 1 of the group
-};
 
 struct Room {
   Room(int64_t d, int64_t wide_q, int64_t dv, int64_t scratch_bytes)
@@ -44,49 +25,8 @@ struct Room {
   Buffer<float> q, o;
   Buffer<char> scratch;
   float m[MAX_ROWS], l[MAX_ROWS];
-  std::vector<int32_t> panel;
-  std::vector<uint16_t> keep, row_keep;
-  std::vector<uint8_t> masked;
+  PanelList list;
 };
-
-View every(const View& x, int64_t b, int64_t h, int64_t first, int64_t step, int64_t count) {
-  return {at(x, b, h, first, 0), x.dtype, {1, 1, count, x.shape[3]}, {0, 0, x.stride[2] * step, x.stride[3]}};
-}
-
-// The panels of all groups that rows x .. x + rows - 1 of group c read, with the keys of each row.
-void list_panels(const OffsetAttention& a, int64_t modulus, const std::vector<Spokes>& spokes, const std::vector<Group>& groups,
-                 int64_t c, int64_t x, int64_t rows, Room& w) {
-  w.panel.clear();
-  w.row_keep.clear();
-  for (const Spokes& spoke : spokes) {
-    const int64_t other = (c - spoke.residue + modulus) % modulus, wrap = c < spoke.residue ? 1 : 0;
-    if (other >= static_cast<int64_t>(groups.size())) continue;
-    const int64_t last = std::min(groups[other].keys, x + rows - wrap);  // keys before the last row
-    for (int64_t y = 0; y < last; y += PANEL_KEYS) {
-      const size_t start = w.row_keep.size();
-      // keys of the prefix are read on their own
-      const int64_t hidden = std::clamp<int64_t>((a.prefix - other + modulus - 1) / modulus - y, 0, PANEL_KEYS);
-      const int64_t there = std::min<int64_t>(groups[other].keys - y, PANEL_KEYS);
-      const uint16_t real = static_cast<uint16_t>(((1u << there) - 1u) & ~((1u << hidden) - 1u));
-      w.row_keep.resize(start + rows);
-      uint16_t *to = w.row_keep.data() + start, some = 0;
-      // rows before the panel's first key see none of it
-      const int64_t before = std::clamp<int64_t>(y + wrap - x, 0, rows);
-      const uint16_t* bits = spoke.keys(x + before - wrap - y);
-      std::fill_n(to, before, uint16_t{0});
-      for (int64_t r = before; r < rows; ++r) {
-        to[r] = bits[r - before] & real;
-        some |= to[r];
-      }
-      if (some)
-        w.panel.push_back(static_cast<int32_t>(groups[other].first_panel + y / PANEL_KEYS));
-      else
-        w.row_keep.resize(start);
-    }
-  }
-  w.keep.assign(w.panel.size(), 0xffff);
-  w.masked.assign(w.panel.size(), 1);
-}
 
 }  // namespace
 
@@ -104,22 +44,11 @@ void attend_wheel(const OffsetAttention& a, const Wheel& wheel, const View& out,
       lse[flat_row(a, b, h, i)] = finish_offset_row(nothing.get(), -std::numeric_limits<float>::infinity(), 0.0f, v_dim, dv,
                                                     at(out, b, h, i, 0), out.stride[3], out.dtype);
     }
-  std::vector<Spokes> spokes;
-  std::vector<int64_t> rest;
-  for (int64_t i = 0; i < wheel.residue_count; ++i) spokes.emplace_back(a, m, wheel.residues[i]);
-  for (int64_t i = 0; i < a.count; ++i)
-    if (!std::binary_search(wheel.residues, wheel.residues + wheel.residue_count, a.offsets[i] % m)) rest.push_back(a.offsets[i]);
+  const WheelTiles cut(a, wheel);
+  const std::vector<Group>& groups = cut.groups;
+  const int64_t panels = cut.panels;
   std::vector<int64_t> front(a.prefix);
   std::iota(front.begin(), front.end(), int64_t{0});
-  std::vector<Group> groups;
-  std::vector<std::pair<int64_t, int64_t>> tiles;  // group, number of its first row
-  int64_t panels = 0;
-  for (int64_t c = 0; c < std::min(m, kv_len); ++c) {
-    const int64_t keys = (kv_len - c + m - 1) / m, first = offset > c ? (offset - c + m - 1) / m : 0;
-    groups.push_back({keys, panels, first, 0});
-    panels += up((keys + PANEL_KEYS - 1) / PANEL_KEYS, 2);  // values of bf16 come in pairs of panels
-    for (int64_t x = first; x < keys; x += MAX_ROWS) tiles.push_back({c, x});
-  }
   // group after group: all tiles of one read the same few groups of keys, which stay in the cache
   const int64_t key_bytes = panels * PANEL_KEYS * wide_d * unit, value_bytes = panels * PANEL_KEYS * dv * unit;
   const int64_t key_heads = batch * kv_heads;
@@ -154,14 +83,14 @@ void attend_wheel(const OffsetAttention& a, const Wheel& wheel, const View& out,
         std::fill(rows + g.keys * dv, rows + count * PANEL_KEYS * dv, 0.0f);
       }
     });
-    const int64_t per_head = static_cast<int64_t>(tiles.size());
+    const int64_t per_head = static_cast<int64_t>(cut.tiles.size());
     parallel_for(heads * heads_of * per_head, a.threads, [&](int64_t item, int thread) {
       Room& w = rooms[thread];
       const int64_t i = item / (heads_of * per_head), b = (start + i) / kv_heads, kv = (start + i) % kv_heads;
       const int64_t h = kv * heads_of + item / per_head % heads_of;
-      const auto [c, x] = tiles[item % per_head];
-      const int64_t rows = std::min<int64_t>(MAX_ROWS, groups[c].keys - x), p = c + x * m;
-      list_panels(a, m, spokes, groups, c, x, rows, w);
+      const auto& tile = cut.tiles[item % per_head];
+      const int64_t rows = cut.rows(tile), p = tile.first + tile.second * m;
+      cut.list(a, tile, w.list);
       const View q = every(a.q, b, h, p - offset, m, rows);
       if (bf16) {
         uint16_t* to = reinterpret_cast<uint16_t*>(w.packed.get());
@@ -179,12 +108,12 @@ void attend_wheel(const OffsetAttention& a, const Wheel& wheel, const View& out,
       t.dv = static_cast<int32_t>(v_dim);
       t.q = w.packed.get();
       t.q_stride = wide_d;
-      t.panels = static_cast<int32_t>(w.panel.size());
-      t.panel = w.panel.data();
-      t.keep = w.keep.data();
-      t.row_keep = w.row_keep.data();
+      t.panels = static_cast<int32_t>(w.list.panel.size());
+      t.panel = w.list.panel.data();
+      t.keep = w.list.keep.data();
+      t.row_keep = w.list.row_keep.data();
       t.rows_alone = true;
-      t.masked = w.masked.data();
+      t.masked = w.list.masked.data();
       t.low = low.data();
       t.high = high.data();
       t.k = packed_keys.get() + i * key_bytes;
@@ -207,8 +136,8 @@ void attend_wheel(const OffsetAttention& a, const Wheel& wheel, const View& out,
       OffsetTile s{int32_t(rows), int32_t(d), int32_t(dv), w.q.get(), front.data(), int32_t(a.prefix), p, m, k.data, v.data, 0, 0,
                    k.stride, v.stride, w.o.get(), w.m, w.l};
       if (a.prefix) kernel.attend_offsets(s);
-      s.list = rest.data();
-      s.count = static_cast<int32_t>(rest.size());
+      s.list = cut.rest.data();
+      s.count = static_cast<int32_t>(cut.rest.size());
       s.limit = p - a.prefix;
       s.k = k.data + p * k.stride;
       s.v = v.data + p * v.stride;

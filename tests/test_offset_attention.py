@@ -152,10 +152,11 @@ def test_what_is_not_kept_is_not_read(level, plan, poison, dtype):
         assert_close(a[:, :, ~hit], b[:, :, ~hit], dtype=dtype)
 
 
-def test_dropped_pairs_get_exactly_zero_gradient(level):
+@pytest.mark.parametrize("plan", ["diagonals", "wheel"])
+def test_dropped_pairs_get_exactly_zero_gradient(level, plan):
     q, k, v = inputs((1, 1, 100, 100, 16, 16), batch=1)
     row = 90
-    out = offset_attention(q, k, v, PRIMES)
+    out = offset_attention(q, k, v, PRIMES, plan=plan)
     dk, dv = torch.autograd.grad(out[:, :, row].sum(), (k, v))
     kept = torch.from_numpy(PRIMES.to_dense(100))[row]
     assert (dk[0, 0, ~kept] == 0).all()
@@ -176,6 +177,28 @@ def test_is_deterministic_to_the_bit_on_any_number_of_threads(level, plan):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("plan", ["diagonals", "wheel"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_gradients_read_only_what_is_kept(level, plan, poison):
+    """Non-finite keys and values leave the gradients of the queries that pass over them, and of every key that these keep."""
+    q, k, v = inputs((2, 1, 200, 200, 32, 32), batch=1)
+    kept = torch.from_numpy(PRIMES.to_dense(200))
+    bad = [50, 51, 130]
+    rows = ~kept[:, bad].any(1)
+    pull = torch.randn(1, 2, 200, 32, generator=torch.Generator().manual_seed(4)) * rows[:, None]
+    clean = torch.autograd.grad((offset_attention(q, k, v, PRIMES, plan=plan) * pull).sum(), (q, k, v))
+    dirty = [x.detach().clone() for x in (q, k, v)]
+    for x in dirty[1:]:
+        x[:, :, bad] = poison
+    given = [x.requires_grad_() for x in dirty]
+    out = offset_attention(*given, PRIMES, plan=plan)
+    got = torch.autograd.grad((out[:, :, rows] * pull[:, :, rows]).sum(), given)
+    assert_close(got[0][:, :, rows], clean[0][:, :, rows], dtype=torch.float32)
+    unread = [j for j in range(200) if not (kept[:, j] & ~rows).any()]
+    for a, b in zip(got[1:], clean[1:], strict=True):
+        assert_close(a[:, :, unread], b[:, :, unread], dtype=torch.float32)
 
 
 def test_weights_are_those_of_the_kept_keys_alone():
@@ -227,6 +250,9 @@ def test_the_plan_follows_cost_and_is_reported():
     assert choose_plan("auto", primes, 16_384, 16_384, "bfloat16", "amx").name == "wheel"
     assert choose_plan("auto", squares, 16_384, 16_384, "bfloat16", "amx").name == "diagonals"
     assert choose_plan("auto", primes, 1, 16_384, "bfloat16", "amx").name == "diagonals"
+    back = choose_plan("auto", primes, 16_384, 16_384, "float32", "avx512", gradient=True)
+    assert (back.name, back.modulus) == ("wheel", 30)
+    assert choose_plan("auto", squares, 16_384, 16_384, "float32", "avx512", gradient=True).name == "diagonals"
     wheel = choose_plan("wheel", primes, 16_384, 16_384, "float32", "avx512")
     assert (wheel.name, wheel.modulus) == ("wheel", 30)
     assert {1, 7, 11, 13, 17, 19, 23, 29} <= set(wheel.residues)
@@ -237,7 +263,9 @@ def test_the_plan_follows_cost_and_is_reported():
     assert report.density == pytest.approx(PRIMES.density(64))
     assert report.pairs == PRIMES.to_dense(64).sum()
     if not native.missing():
-        assert (report.backend, report.plan) == ("native", "wheel")
+        assert (report.backend, report.plan, report.gradient_plan) == ("native", "wheel", f"wheel {report.modulus}")
+        assert list(report.estimates) == ["diagonals", "wheel 30", "wheel 240"]
+        assert all(cost >= 0 for cost in report.estimates.values())
 
 
 def test_a_window_is_one_list_of_offsets():

@@ -45,7 +45,9 @@ void gradient(const TileGradient& g) {
       if (touched) shape_logits(t, n, count, r, sr, cap ? cr : nullptr);
       const float base = g.lse[r] == -infinity ? 0.0f : g.lse[r] * LOG2E;
       for (int i = 0; i < count * PANEL; i += LANES) {
-        const vf p = exp2_<6>(load(sr + i) * unit - base);
+        const vf logit = load(sr + i);
+        // a row whose lse is NaN weighs the keys that are hidden from it by zero all the same
+        const vf p = select(logit == splat(-infinity), vf{}, exp2_<6>(logit * unit - base));
         const vi none = p == vf{};
         store(sr + i, p);
         store(dr + i, select(none, vf{}, p * (load(dr + i) + g.shift[r])));

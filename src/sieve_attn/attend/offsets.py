@@ -2,7 +2,7 @@
 
 Two plans compute the same pairs. *Diagonals*: every row goes over its own list of keys, exact pairs only. *Wheel*: positions are
 grouped by their residue modulo 30 or 240, where the offsets of one residue form dense tiles between two groups; offsets whose
-residue holds few of them go by diagonals. Gradients always go by diagonals.
+residue holds few of them go by diagonals. Forward and backward are planned apart.
 """
 
 from __future__ import annotations
@@ -18,39 +18,24 @@ from sieve_attn.attend import reference
 from sieve_attn.checks import error
 from sieve_attn.patterns import OffsetSet, Pattern, Sinks, Window
 from sieve_attn.patterns.base import members
+from sieve_attn.patterns.reach import Reach
 from sieve_attn.types import Call, Offsets, Ranges, Selection
 
 Array = Any
 
 PLANS = ("auto", "diagonals", "wheel")
 MODULI = (30, 240)
-# nanoseconds a pair of one head of dimension 64, measured on one core: (diagonals, wheel), by level and whether it is bf16.
-# Only their ratio counts; the wheel pays for the pairs of its tiles, kept or not.
+# nanoseconds a pair of one head of dimension 64 on one core: (diagonals, wheel), by level and whether it is bf16. Only their
+# ratio counts; the wheel pays for the pairs of its tiles, kept or not. `amx` is a Xeon, `avx512` an EPYC (Zen 5).
 COSTS = {
-    "amx": {"bfloat16": (4.0, 1.0), "": (4.0, 2.5)},
-    "avx512": {"": (4.0, 2.5)},
+    "amx": {"bfloat16": (3.9, 0.63), "": (3.9, 1.65)},
+    "avx512": {"": (4.0, 1.4)},
     "avx2": {"": (6.0, 4.0)},
     "portable": {"": (20.0, 14.0)},
 }
+GRADIENT_COSTS = {"amx": {"": (9.5, 4.5)}, "avx512": {"": (9.2, 3.2)}, "avx2": {"": (14.0, 9.0)}, "portable": {"": (45.0, 32.0)}}
 FEW = 2  # residues with fewer offsets never make tiles
-
-
-@dataclass(frozen=True)
-class Reach:
-    """What a query keeps: the first ``prefix`` keys and those ``offsets`` before it, its own (offset 0) included if listed."""
-
-    prefix: int
-    offsets: np.ndarray  # int64, increasing, from 0 on
-
-    def pairs(self, q_len: int, kv_len: int) -> int:
-        """How many (query, key) pairs are kept under causality."""
-        rows = min(q_len, kv_len)
-        first = kv_len - rows
-        position = np.arange(first, kv_len, dtype=np.int64)
-        prefix = int(np.minimum(position + 1, self.prefix).sum())
-        # offset s is there for positions from s + prefix on
-        start = np.maximum(self.offsets + self.prefix, first)
-        return prefix + int(np.maximum(kv_len - start, 0).sum())
+LEAST_ROWS = 1024  # `auto` does not permute fewer queries
 
 
 def reach(pattern: Pattern, kv_len: int) -> Reach | None:
@@ -65,18 +50,10 @@ def made_of_offsets(pattern: Pattern) -> bool:
 
 @lru_cache(maxsize=64)
 def _reach(pattern: Pattern, limit: int) -> Reach:
-    prefix, window, lists = 0, 0, []
-    for part in members(pattern):
-        if isinstance(part, Sinks):
-            prefix = max(prefix, part.tokens)
-        elif isinstance(part, Window):
-            window = max(window, part.tokens)
-        else:
-            lists.append(part.up_to(limit))
-    lists.append(np.arange(min(window, limit), dtype=np.int64))
-    offsets = np.unique(np.concatenate(lists)).astype(np.int64)
+    found = pattern.reach(limit)
+    offsets = found.offsets.view()  # cached, so that nobody may write to it
     offsets.flags.writeable = False
-    return Reach(prefix, offsets)
+    return Reach(found.prefix, offsets)
 
 
 @dataclass(frozen=True)
@@ -88,37 +65,50 @@ class Plan:
     residues: tuple[int, ...] = ()
     cost: float = 0.0  # estimated nanoseconds a head
 
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.modulus}" if self.modulus else self.name
 
-def choose_plan(plan: str, found: Reach, q_len: int, kv_len: int, dtype: str, level: str) -> Plan:
-    """The plan to run, from the shapes, the offsets, the dtype and the instruction-set level alone.
 
-    A residue is tiled where its dense triangle costs less than its exact pairs; ``wheel`` by name tiles every residue that
-    holds at least two offsets, of the modulus that is estimated to be cheapest.
+def choose_plan(plan: str, found: Reach, q_len: int, kv_len: int, dtype: str, level: str, *, gradient: bool = False) -> Plan:
+    """The plan to run, from the shapes, the offsets, the dtype and the instruction-set level alone; of gradients if asked.
+
+    ``auto`` takes the cheapest of :func:`weigh`; ``wheel`` by name tiles every residue that holds at least two offsets, of the
+    modulus that is estimated to be cheapest.
     """
     if plan not in PLANS:
         raise error("plan", f"must be one of {', '.join(PLANS)}", repr(plan), "use 'auto'")
-    costs = COSTS.get(level, COSTS["portable"])
+    diagonals, *wheels = weigh(found, q_len, kv_len, dtype, level, gradient=gradient, forced=plan == "wheel")
+    if plan == "diagonals" or (plan == "auto" and q_len < LEAST_ROWS):
+        return diagonals
+    wheels = [wheel for wheel in wheels if wheel.residues] or [diagonals]
+    wheel = min(wheels, key=lambda w: w.cost)
+    return wheel if plan == "wheel" or wheel.cost < diagonals.cost else diagonals
+
+
+def weigh(
+    found: Reach, q_len: int, kv_len: int, dtype: str, level: str, *, gradient: bool = False, forced: bool = False
+) -> list[Plan]:
+    """Diagonals and a wheel of each modulus with what they are estimated to cost. A residue is tiled where its dense triangle
+    costs less than its exact pairs, or, if ``forced``, always."""
+    table = GRADIENT_COSTS if gradient else COSTS
+    costs = table.get(level, table["portable"])
     exact_cost, tile_cost = costs.get(dtype, costs[""])
     offsets = found.offsets[: np.searchsorted(found.offsets, kv_len)]
     per_offset = _pairs_of(offsets, q_len, kv_len)
-    best = Plan("diagonals", cost=exact_cost * float(per_offset.sum()))
-    if plan == "diagonals" or (plan == "auto" and q_len < 1024):
-        return best
     rows = min(q_len, kv_len)
     visible = rows * (kv_len - rows) + rows * (rows + 1) / 2
-    wheels = []
+    plans = [Plan("diagonals", cost=exact_cost * float(per_offset.sum()))]
     for modulus in MODULI:
         group = offsets % modulus
         exact = exact_cost * np.bincount(group, per_offset, modulus)
         # tiles of 64 rows and panels of 16 keys reach a little beyond the triangle
         tiles = tile_cost * (visible / modulus + 40.0 * rows)
         counts = np.bincount(group, minlength=modulus)
-        tiled = (exact > tiles) if plan == "auto" else counts >= FEW
-        tiled &= counts >= FEW
+        tiled = (counts >= FEW) & (forced | (exact > tiles))
         cost = float(np.where(tiled, tiles, exact).sum())
-        wheels.append(Plan("wheel", modulus, tuple(np.flatnonzero(tiled).tolist()), cost))
-    wheel = min((w for w in wheels if w.residues), key=lambda w: w.cost, default=best)
-    return wheel if plan == "wheel" or wheel.cost < best.cost else best
+        plans.append(Plan("wheel", modulus, tuple(np.flatnonzero(tiled).tolist()), cost))
+    return plans
 
 
 def _pairs_of(offsets: np.ndarray, q_len: int, kv_len: int) -> np.ndarray:
@@ -158,10 +148,10 @@ def forward(query: Array, key: Array, value: Array, offsets: Array, prefix: int,
 
 
 def backward(
-    query: Array, key: Array, value: Array, offsets: Array, prefix: int, scale: float, grad_output: Array, grad_lse: Array,
-    output: Array, lse: Array,
+    query: Array, key: Array, value: Array, offsets: Array, prefix: int, scale: float, plan: Plan, grad_output: Array,
+    grad_lse: Array, output: Array, lse: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Gradients of query, key and value."""
+    """Gradients of query, key and value; the same to the bit on any number of threads."""
     if why_not(query, value):
         call, selection = _as_call(query, key, value, offsets, prefix, scale)
         made = reference.backward(call, selection, grad_output, grad_lse)
@@ -172,7 +162,12 @@ def backward(
     lse = xp.contiguous(lse)
     grads = tuple(xp.empty(tuple(x.shape), x.dtype, query) for x in (query, key, value))
     views = [native.view(x) for x in (query, key, value, offsets)] + [prefix, scale, native.threads(query)]
-    native.module().attend_offsets_backward(*views, *(native.view(x) for x in (grad_output, lse, shift, *grads)))
+    results = [native.view(x) for x in (grad_output, lse, shift, *grads)]
+    if plan.name == "wheel":
+        residues = np.asarray(plan.residues, np.int64)
+        native.module().attend_wheel_backward(*views, plan.modulus, native.view(residues), *results)
+    else:
+        native.module().attend_offsets_backward(*views, *results)
     return grads
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import numpy as np
 
+from sieve_attn.patterns.reach import Reach
 from sieve_attn.types import Selection
 
 Array = Any
@@ -26,6 +29,10 @@ class Pattern:
         """The pattern as a selection of single keys; queries are the last ``q_len`` of ``kv_len`` positions."""
         raise TypeError(f"{type(self).__name__} must define `selection`")
 
+    def reach(self, limit: int) -> Reach | None:
+        """The pattern as first tokens and offsets of at most ``limit``; None where anything else decides what is kept."""
+        return None
+
     def to_dense(self, q_len: int, kv_len: int | None = None) -> np.ndarray:
         """[q_len, kv_len] bool: what each query keeps of the keys up to its own position. For tests and pictures."""
         kv_len = q_len if kv_len is None else kv_len
@@ -34,6 +41,9 @@ class Pattern:
     def density(self, q_len: int, kv_len: int | None = None) -> float:
         """Kept over visible (query, key) pairs under causality; 1.0 when nothing is visible. Holds no array of q_len x kv_len."""
         kv_len = q_len if kv_len is None else kv_len
+        reach = self.reach(max(kv_len - 1, 0))
+        if reach is not None:
+            return reach.density(q_len, kv_len)
         counts = [(int(kept.sum()), int(seen.sum())) for kept, seen in self._rows(q_len, kv_len)]
         visible = sum(seen for _, seen in counts)
         return sum(kept for kept, _ in counts) / visible if visible else 1.0
@@ -82,6 +92,10 @@ class Union(Pattern):
         for pattern in self.patterns[1:]:
             kept = kept | pattern.keeps(position, key)
         return kept
+
+    def reach(self, limit: int) -> Reach | None:
+        found = [pattern.reach(limit) for pattern in self.patterns]
+        return None if any(one is None for one in found) else reduce(or_, found)
 
     def selection(self, q_len: int, kv_len: int, *, causal: bool = True) -> Selection:
         chosen = self.patterns[0].selection(q_len, kv_len, causal=causal)

@@ -12,6 +12,7 @@ import numpy as np
 from sieve_attn import arrays
 from sieve_attn.checks import error, positive_int
 from sieve_attn.patterns.base import Pattern
+from sieve_attn.patterns.reach import Reach
 from sieve_attn.types import Offsets, Selection
 
 Array = Any
@@ -35,15 +36,8 @@ class OffsetSet(Pattern):
     def selection(self, q_len: int, kv_len: int, *, causal: bool = True) -> Selection:
         return Selection((Offsets(q_len, kv_len, tuple(self.up_to(max(kv_len - 1, 0)).tolist())),))
 
-    def density(self, q_len: int, kv_len: int | None = None) -> float:
-        kv_len = q_len if kv_len is None else kv_len
-        # queries with a position below 0 see nothing
-        rows = min(q_len, kv_len)
-        first = kv_len - rows
-        # offset s is there for the positions s .. kv_len - 1
-        kept = int((kv_len - np.maximum(self.up_to(max(kv_len - 1, 0)), first)).sum())
-        visible = rows * (first + 1) + rows * (rows - 1) // 2
-        return kept / visible if visible else 1.0
+    def reach(self, limit: int) -> Reach:
+        return Reach(0, self.up_to(limit))
 
 
 @lru_cache(maxsize=32)
