@@ -28,6 +28,7 @@ MODULI = (30, 240)
 # Only their ratio counts; the wheel pays for the pairs of its tiles, kept or not.
 COSTS = {
     "amx": {"bfloat16": (4.0, 1.0), "": (4.0, 2.5)},
+    "vnni": {"": (4.0, 2.5)},
     "avx512": {"": (4.0, 2.5)},
     "avx2": {"": (6.0, 4.0)},
     "portable": {"": (20.0, 14.0)},
