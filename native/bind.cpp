@@ -279,7 +279,9 @@ void geometry(const View& key, std::optional<View> key_mask, int64_t block_size,
 Gated choose_prefill(const View& q, const View& key, std::optional<View> key_mask, std::optional<View> edges, bool causal,
              std::optional<int64_t> window, float scale, std::optional<float> softcap, int scoring, int bits, int sketch_bits,
              bool round_queries, std::optional<View> planes, std::optional<View> key_scale, std::optional<View> channel_scale,
-             std::optional<View> mean, std::optional<View> radius, const View& count, const View& finite, int rule, double level,
+             std::optional<View> mean, std::optional<View> radius, const View& count, const View& finite,
+             std::optional<View> error, std::optional<View> metric_error, std::optional<View> spectral,
+             std::optional<View> metric_spectral, std::optional<View> key_norm, std::optional<View> sink, int rule, double level,
              int64_t blocks, int64_t block_size, int64_t query_tile, int64_t stride, int64_t heads, int64_t sinks, int64_t near,
              double dense_above, int threads) {
   GateTask t{};
@@ -303,6 +305,12 @@ Gated choose_prefill(const View& q, const View& key, std::optional<View> key_mas
   t.radius = radius.value_or(absent);
   t.count = count;
   t.finite = finite;
+  t.error = error.value_or(absent);
+  t.metric_error = metric_error.value_or(absent);
+  t.spectral = spectral.value_or(absent);
+  t.metric_spectral = metric_spectral.value_or(absent);
+  t.key_norm = key_norm.value_or(absent);
+  t.sink = pointer<float>(sink);
   t.rule = static_cast<Rule>(rule);
   t.level = level;
   t.blocks = blocks;
@@ -449,7 +457,9 @@ NB_MODULE(_native, m) {
   nb::class_<Gated>(m, "Gated").def_ro("entries", &Gated::entries).def_ro("tiles", &Gated::tiles).def("read", &read_gated);
   m.def("select", &choose_prefill, "q"_a, "key"_a, "key_mask"_a.none(), "edges"_a.none(), "causal"_a, "window"_a.none(), "scale"_a,
         "softcap"_a.none(), "scoring"_a, "bits"_a, "sketch_bits"_a, "round_queries"_a, "planes"_a.none(), "key_scale"_a.none(),
-        "channel_scale"_a.none(), "mean"_a.none(), "radius"_a.none(), "count"_a, "finite"_a, "rule"_a, "level"_a, "blocks"_a,
+        "channel_scale"_a.none(), "mean"_a.none(), "radius"_a.none(), "count"_a, "finite"_a, "error"_a.none(),
+        "metric_error"_a.none(), "spectral"_a.none(), "metric_spectral"_a.none(), "key_norm"_a.none(), "sink"_a.none(), "rule"_a,
+        "level"_a, "blocks"_a,
         "block_size"_a, "query_tile"_a, "stride"_a, "heads"_a, "sinks"_a, "near"_a, "dense_above"_a, "threads"_a,
         nb::call_guard<nb::gil_scoped_release>());
   const auto released = nb::call_guard<nb::gil_scoped_release>();

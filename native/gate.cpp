@@ -6,11 +6,9 @@
 #include <cstring>
 #include <limits>
 
-#include "buffer.h"
-#include "kernels.h"
+#include "gate_rows.h"
 #include "level.h"
 #include "parallel.h"
-#include "sight.h"
 
 namespace sieve {
 
@@ -28,148 +26,18 @@ const T* row_of(const View& x, int64_t b, int64_t h) {
   return reinterpret_cast<const T*>(at(x, 0, b, h, 0));
 }
 
-struct Head {
-  const int8_t* codes;
-  const float *step, *shift, *addend;
-  std::vector<int32_t> broken;
-  int64_t calibrated;  // queries before this position may be early, all of them where the sketch is not settled
-  bool settled;
-};
-
-class Gate : Sight {
+class Gate : GateRows {
  public:
-  explicit Gate(const GateTask& t);
+  explicit Gate(const GateTask& t) : GateRows(t) {}
   Gated run();
 
  private:
-  struct Workspace {
-    Buffer<float> estimate, other, best, q, weights, scratch;
-    Buffer<int8_t> q_codes;
-    std::vector<uint8_t> marks;
-  };
+  void choose(int64_t b, int64_t h, int64_t tile, const Head& head, RowSpace& w, Gated& out) const;
+  void prepare_proof(int64_t b, int64_t kv, float* errors, int64_t padded, float* norms, Head& head) const;
+  void measure(int64_t b, int64_t kv, int64_t from, int64_t n, const int8_t* codes, const float* step, float* errors, int64_t padded) const;
 
-  bool structurally_sees(int64_t query, int64_t key) const;
-  bool early(const Head& head, int64_t query) const;
-  // Estimates of up to 16 (head, query) rows; returns what turns them into base-2 logarithms.
-  float score(int64_t b, int64_t kv, const Head& head, const int64_t* head_of, const int64_t* query_of, int rows, const Frame& f,
-              int64_t& first, int64_t& last, Workspace& w) const;
-  void choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspace& w, Gated& out) const;
-
-  const GateTask& t_;
-  const Kernels& k_;
-  const int64_t d_, wide_;
   std::vector<Frame> frames_;  // of the sequence at hand
 };
-
-Gate::Gate(const GateTask& t) : Sight(t), t_(t), k_(kernels()), d_(t.q.shape[3]), wide_(up(d_, 64)) {}
-
-bool Gate::structurally_sees(int64_t query, int64_t key) const {
-  int64_t low, high;
-  interval(query, low, high);
-  return low <= key && key < high;
-}
-
-// The channel scale of the sketch was measured on keys that this query must not know.
-bool Gate::early(const Head& head, int64_t query) const {
-  if (t_.scoring != BY_KEYS) return false;
-  if (!head.settled) return true;
-  return offset_ + query < head.calibrated && !structurally_sees(query, std::min(head.calibrated, kv_len_) - 1);
-}
-
-float Gate::score(int64_t b, int64_t kv, const Head& head, const int64_t* head_of, const int64_t* query_of, int rows, const Frame& f,
-                  int64_t& first, int64_t& last, Workspace& w) const {
-  const Sequence& sequence = sequences_[b];
-  Lanes lanes{};
-  lanes.all_high = kv_len_;
-  int64_t bottom = kv_len_, top = 0;
-  bool is_early[LANE_ROWS] = {}, some_early = false, all_early = true;
-  for (int i = 0; i < LANE_ROWS; ++i) {
-    const int r = std::min(i, rows - 1);  // the last row fills the lanes that are left
-    const int64_t at_row = query_of[r] - f.first;
-    lanes.low[i] = f.low[at_row];
-    lanes.high[i] = f.high[at_row];
-    lanes.all_low = std::max(lanes.all_low, lanes.low[i]);
-    lanes.all_high = std::min(lanes.all_high, lanes.high[i]);
-    if (lanes.low[i] < lanes.high[i]) {
-      bottom = std::min(bottom, lanes.low[i]);
-      top = std::max(top, lanes.high[i]);
-    }
-    is_early[i] = early(head, query_of[r]);
-    some_early |= is_early[i];
-    all_early &= is_early[i];
-  }
-  first = lanes.first = bottom < top ? bottom / t_.block_size : 0;
-  last = lanes.last = bottom < top ? (top + t_.block_size - 1) / t_.block_size : 0;
-  lanes.kv_len = kv_len_;
-  lanes.block_size = t_.block_size;
-  lanes.part = sequence.part.empty() ? nullptr : sequence.part.data();
-  lanes.part_before = sequence.part.empty() ? nullptr : sequence.part_before.data();
-  if (first == last) return 1.0f;
-
-  float* q = w.q.get();
-  const int32_t d = static_cast<int32_t>(d_), wide = static_cast<int32_t>(wide_);
-  float factor[LANE_ROWS], reach[LANE_ROWS];
-  auto plain_queries = [&](float* norm) {
-    k_.prepare_lanes(t_.q, b, head_of, query_of, rows, nullptr, false, d, wide, q, nullptr, factor, norm);
-  };
-  if (t_.scoring != BY_KEYS) {
-    plain_queries(t_.scoring == BY_BALLS ? reach : nullptr);
-    if (t_.scoring == BY_BALLS)
-      for (float& x : reach) x = t_.scale * (x * static_cast<float>(1.0 + static_cast<double>(d_) * 1.1920928955078125e-7));
-    BlockScore s{};
-    s.lanes = lanes;
-    s.mean = row_of<float>(t_.mean, b, kv);
-    s.radius = t_.scoring == BY_BALLS ? row_of<float>(t_.radius, b, kv) : nullptr;
-    s.addend = head.addend;
-    s.d = d;
-    s.q = q;
-    s.reach = reach;
-    s.scale = t_.scale;
-    s.softcap = t_.softcap;
-    s.out = w.estimate.get();
-    k_.score_blocks(s);
-    return LOG2E;
-  }
-  KeyScore s{};
-  s.lanes = lanes;
-  s.key = &t_.key;
-  s.b = b;
-  s.h = kv;
-  s.d = d;
-  s.wide = wide;
-  s.q = q;
-  s.factor = factor;
-  s.softcap = t_.softcap;
-  s.scratch = w.scratch.get();
-  if (!all_early) {
-    const float* a = row_of<float>(t_.channel_scale, b, kv);
-    const bool integers = t_.round_queries && k_.integer_tiles && t_.bits < 8;
-    k_.prepare_lanes(t_.q, b, head_of, query_of, rows, a, t_.round_queries, d, wide, integers ? nullptr : q,
-                     integers ? w.q_codes.get() : nullptr, factor, nullptr);
-    for (float& x : factor) x *= t_.scale * (0.5f * LOG2E);  // codes are twice the levels
-    s.codes = head.codes;
-    s.eight_bits = t_.bits == 8;
-    s.step = head.step;
-    s.shift = head.shift;
-    s.q_codes = integers ? w.q_codes.get() : nullptr;
-    s.out = w.estimate.get();
-    k_.score_keys(s);
-  }
-  if (some_early) {
-    plain_queries(nullptr);
-    for (int i = 0; i < LANE_ROWS; ++i) factor[i] = t_.scale * LOG2E;
-    s.codes = nullptr;
-    s.step = s.shift = nullptr;
-    s.q_codes = nullptr;
-    s.out = all_early ? w.estimate.get() : w.other.get();
-    k_.score_keys(s);
-    if (!all_early)
-      for (int64_t n = 0; n < last - first; ++n)
-        for (int i = 0; i < LANE_ROWS; ++i)
-          if (is_early[i]) w.estimate[n * LANE_ROWS + i] = w.other[n * LANE_ROWS + i];
-  }
-  return 1.0f;
-}
 
 int64_t wanted_blocks(const GateTask& t, int64_t visible) {
   if (t.rule == KEEP_COUNT) return std::min(visible, t.blocks);
@@ -178,7 +46,7 @@ int64_t wanted_blocks(const GateTask& t, int64_t visible) {
   return std::max<int64_t>(static_cast<int64_t>(below) + (rest > 0.5 || (rest == 0.5 && odd)), 1);
 }
 
-void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspace& w, Gated& out) const {
+void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, RowSpace& w, Gated& out) const {
   const Frame& f = frames_[tile];
   const Sequence& sequence = sequences_[b];
   const int64_t item = (b * t_.heads + h) * tiles_ + tile;
@@ -211,27 +79,31 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspac
   const bool all = seen && (ranks ? wanted == seen
                             : t_.rule == KEEP_MASS ? t_.level == 1.0
                                                    : t_.rule == ABOVE && t_.level == -INFINITE);
-  auto scored_rows = [&](auto&& looked, auto&& act) {
-    int64_t head_of[LANE_ROWS], query_of[LANE_ROWS];
-    int rows = 0;
-    auto flush = [&] {
-      int64_t first, last;
-      const float unit = score(b, kv, head, head_of, query_of, rows, f, first, last, w);
-      if (first < last) act(first, last, unit, rows, head_of, query_of);
-      rows = 0;
-    };
+  auto each_set = [&](auto&& looked, auto&& act) {
+    RowSet set{b, kv, {}, {}, 0};
     for (int64_t g = first_head; g < first_head + heads; ++g)
       for (int64_t i = f.first; i < f.last; ++i) {
         if (!looked(i)) continue;
-        head_of[rows] = g;
-        query_of[rows++] = i;
-        if (rows == LANE_ROWS) flush();
+        set.head[set.rows] = g;
+        set.query[set.rows++] = i;
+        if (set.rows < LANE_ROWS) continue;
+        act(set);
+        set.rows = 0;
       }
-    if (rows) flush();
+    if (set.rows) act(set);
+  };
+  auto scored_rows = [&](auto&& looked, auto&& act) {
+    each_set(looked, [&](const RowSet& set) {
+      int64_t first, last;
+      const float unit = score(set, head, f, first, last, w);
+      if (first < last) act(first, last, unit, set.rows);
+    });
   };
 
   if (all) {
     std::memset(marks + f.from, 1, f.to - f.from);
+  } else if (seen && t_.rule == KEEP_PROVED) {
+    each_set([](int64_t) { return true; }, [&](const RowSet& set) { prove(set, head, f, w); });
   } else if (seen) {
     float* best = w.best.get();
     std::fill(best + f.from, best + f.to, -INFINITE);
@@ -241,7 +113,7 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspac
           const int64_t lane = (i + lead_) % t_.query_tile;
           return lane % t_.stride == t_.stride - 1 || lane == t_.query_tile - 1 || i == q_len_ - 1;
         },
-        [&](int64_t first, int64_t last, float unit, int rows, const int64_t*, const int64_t*) {
+        [&](int64_t first, int64_t last, float unit, int rows) {
           const float* x = w.estimate.get();
           if (ranks)
             k_.largest_share(x, last - first, unit, best + first);
@@ -284,7 +156,7 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspac
     }
     if (any)
       scored_rows([&](int64_t i) { return forgotten[i - f.first] != 0; },
-                  [&](int64_t first, int64_t last, float, int rows, const int64_t*, const int64_t*) {
+                  [&](int64_t first, int64_t last, float, int rows) {
                     for (int i = 0; i < rows; ++i) {
                       int64_t best = first;
                       for (int64_t n = first; n < last; ++n)
@@ -316,7 +188,7 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspac
   for (size_t e = 0; e < f.edge.size(); ++e)
     if (marks[f.edge[e]]) kept += f.edge_weight[e];
   bool dense = false;
-  if (t_.rule == KEEP_MASS && t_.dense_above < 1.0 &&
+  if ((t_.rule == KEEP_MASS || t_.rule == KEEP_PROVED) && t_.dense_above < 1.0 &&
       static_cast<float>(kept) > static_cast<float>(t_.dense_above) * static_cast<float>(every)) {
     dense = true;
     kept = every;
@@ -327,6 +199,38 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, Workspac
   out.kept[item] = kept;
   out.visible[item] = every;
   out.dense[item] = dense;
+}
+
+// What brackets of this head read: `errors` holds three arrays of keys, `norms` two of blocks.
+void Gate::prepare_proof(int64_t b, int64_t kv, float* errors, int64_t padded, float* norms, Head& head) const {
+  head.error = errors;
+  head.metric_error = errors + padded;
+  if (t_.round_queries) head.length = errors + 2 * padded;
+  head.key_norm = row_of<float>(t_.key_norm, b, kv);
+  if (!t_.spectral.data) return;
+  head.spectral = norms;
+  head.metric_spectral = norms + blocks_;
+  for (int64_t n = 0; n < blocks_; ++n) {
+    norms[n] = std::sqrt(row_of<float>(t_.spectral, b, kv)[n]);
+    norms[blocks_ + n] = std::sqrt(row_of<float>(t_.metric_spectral, b, kv)[n]);
+  }
+}
+
+// Errors and lengths of keys from..from+n-1, whose codes and steps are given.
+void Gate::measure(int64_t b, int64_t kv, int64_t from, int64_t n, const int8_t* codes, const float* step, float* errors,
+                   int64_t padded) const {
+  float* unused = errors + 2 * padded + from;
+  k_.read_steps(row_of<uint16_t>(t_.error, b, kv) + from, n, 1.0f, errors + from, unused);
+  k_.read_steps(row_of<uint16_t>(t_.metric_error, b, kv) + from, n, 1.0f, errors + padded + from, unused);
+  if (!t_.round_queries) return;
+  for (int64_t j = 0; j < n; ++j, codes += wide_) {
+    int64_t squares = 0;  // of twice the levels
+    for (int64_t c = 0; c < d_; ++c) {
+      const int64_t twice = t_.bits == 8 ? 2 * codes[c] + 1 : codes[c];
+      squares += twice * twice;
+    }
+    errors[2 * padded + from + j] = static_cast<float>(0.5 * std::sqrt(static_cast<double>(squares)) * step[j] * (1 + 0x1p-12));
+  }
 }
 
 Gated Gate::run() {
@@ -340,24 +244,17 @@ Gated Gate::run() {
   out.visible.resize(items);
   out.dense.resize(items);
 
-  const bool by_keys = t_.scoring == BY_KEYS;
+  const bool by_keys = t_.scoring == BY_KEYS, proves = t_.rule == KEEP_PROVED;
   const int64_t padded = up(kv_len_, 32) + 32;
-  const int64_t at_once = std::clamp<int64_t>(EXPANDED_BYTES / (padded * (wide_ + 8)), 1, kv_heads_);
+  const int64_t at_once = std::clamp<int64_t>(EXPANDED_BYTES / (padded * (wide_ + 12)), 1, kv_heads_);
   Buffer<int8_t> codes(by_keys ? at_once * padded * wide_ : 0);
+  Buffer<int32_t> origins(by_keys ? at_once * padded : 0);
   Buffer<float> steps(by_keys ? at_once * padded * 2 : 0), addends(t_.scoring == BY_MEANS ? at_once * blocks_ : 0);
+  Buffer<float> errors(proves ? at_once * padded * 3 : 0), norms(proves ? at_once * blocks_ * 2 : 0);
   const int64_t choosers = t_.heads / kv_heads_;  // of one key head
   const int threads = static_cast<int>(std::min<int64_t>(std::max(t_.threads, 1), std::max<int64_t>(items, 1)));
-  std::vector<Workspace> spaces(threads);
-  for (Workspace& w : spaces) {
-    w.estimate = Buffer<float>(blocks_ * LANE_ROWS);
-    if (by_keys) w.other = Buffer<float>(blocks_ * LANE_ROWS);
-    if (t_.rule == KEEP_MASS) w.weights = Buffer<float>(blocks_ * (LANE_ROWS + 1));
-    w.best = Buffer<float>(blocks_);
-    w.q = Buffer<float>(wide_ * (LANE_ROWS + 1));
-    w.q_codes = Buffer<int8_t>(wide_ * LANE_ROWS);
-    if (by_keys) w.scratch = Buffer<float>(k_.key_score_scratch(t_.block_size, static_cast<int32_t>(wide_)));
-    w.marks.resize(blocks_);
-  }
+  std::vector<RowSpace> spaces;
+  for (int i = 0; i < threads; ++i) spaces.emplace_back(t_, blocks_, static_cast<int32_t>(wide_));
   std::vector<Head> known(at_once);
   const int64_t head_steps = (kv_heads_ + at_once - 1) / at_once;
   frames_.resize(tiles_);
@@ -390,7 +287,9 @@ Gated Gate::run() {
         head.codes = codes.get() + i * padded * wide_;
         head.step = steps.get() + i * padded * 2;
         head.shift = head.step + padded;
+        head.origin = origins.get() + i * padded;
       }
+      if (proves) prepare_proof(b, kv, errors.get() + i * padded * 3, padded, norms.get() + i * blocks_ * 2, head);
       if (t_.scoring == BY_MEANS) {
         float* addend = addends.get() + i * blocks_;
         for (int64_t n = 0; n < blocks_; ++n) addend[n] = std::log(static_cast<float>(count[n]));
@@ -402,10 +301,12 @@ Gated Gate::run() {
         const int64_t i = item / pieces, from = item % pieces * EXPAND_STEP, n = std::min(EXPAND_STEP, kv_len_ - from);
         const int64_t kv = start + i, bytes = (d_ + 7) / 8;
         k_.expand_codes(reinterpret_cast<const uint8_t*>(at(t_.planes, 0, b, kv, from * bytes)), t_.planes.stride[0], t_.sketch_bits,
-                        t_.bits, n, static_cast<int32_t>(d_), static_cast<int32_t>(wide_), codes.get() + (i * padded + from) * wide_);
+                        t_.bits, n, static_cast<int32_t>(d_), static_cast<int32_t>(wide_), codes.get() + (i * padded + from) * wide_,
+                        origins.get() + i * padded + from);
         float* step = steps.get() + i * padded * 2;
         k_.read_steps(row_of<uint16_t>(t_.key_scale, b, kv) + from, n, std::ldexp(1.0f, t_.sketch_bits - t_.bits), step + from,
                       step + padded + from);
+        if (proves) measure(b, kv, from, n, codes.get() + (i * padded + from) * wide_, step + from, errors.get() + i * padded * 3, padded);
       });
     parallel_for(heads * choosers * tiles_, t_.threads, [&](int64_t item, int thread) {
       const int64_t i = item / (choosers * tiles_), rest = item % (choosers * tiles_);

@@ -7,7 +7,7 @@
 namespace sieve {
 
 enum Scoring : int32_t { BY_KEYS = 0, BY_MEANS = 1, BY_BALLS = 2 };
-enum Rule : int32_t { KEEP_COUNT = 0, KEEP_SHARE = 1, ABOVE = 2, NEAR_BEST = 3, KEEP_MASS = 4 };
+enum Rule : int32_t { KEEP_COUNT = 0, KEEP_SHARE = 1, ABOVE = 2, NEAR_BEST = 3, KEEP_MASS = 4, KEEP_PROVED = 5 };
 
 struct GateTask {
   View q, key;    // [batch, q_heads | kv_heads, length, d]
@@ -23,9 +23,11 @@ struct GateTask {
   bool round_queries;
   // [batch, kv_heads, ...] each, any strides but contiguous in the last axis; planes [bits, batch, kv_heads, kv_len * bytes]
   View planes, key_scale, channel_scale, mean, radius, count, finite;
+  View error, metric_error, spectral, metric_spectral, key_norm;  // for proofs; spectral ones may be absent
+  const float* sink;                                              // [q_heads] or null
 
   Rule rule;
-  double level;    // threshold, margin, mass or sparsity
+  double level;    // threshold, margin, mass, sparsity or error
   int64_t blocks;  // KEEP_COUNT
   int64_t block_size, query_tile, stride, heads;
   int64_t sinks, near;  // forced tokens; 0: none

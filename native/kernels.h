@@ -153,6 +153,7 @@ struct KeyScore {
   int64_t b, h;
   const float* step;       // [kv_len up to 16] scale of each key; null: 1
   const float* shift;      // [kv_len up to 16] -1.5 * 2^23 * step
+  const int32_t* origin;   // [kv_len up to 32] bits of 1.5 * 2^23 less 128 times the sum of a key's codes
   int32_t d, wide;         // wide: d up to a multiple of 64
   const int8_t* q_codes;   // [wide / 4][16][4], or null where queries are not rounded
   const float* q;          // [wide][16]
@@ -160,6 +161,36 @@ struct KeyScore {
   float softcap;           // natural logits; 0: none
   float* out;              // [last - first][16] base-2 logarithms
   float* scratch;          // key_score_scratch floats
+};
+
+// Brackets of block masses for proofs, as bounds.sketch_upper and sketch_lower, and estimates beside them.
+struct KeyProof {
+  KeyScore keys;              // with codes and step; `out` receives estimates; scratch: bracket_scratch floats
+  const float* error;         // [kv_len up to 16] ||e_j||, ||e_j / a||
+  const float* metric_error;
+  const float* length;        // [kv_len up to 16] ||k^_j / a||, or null where queries are not rounded
+  const float* spectral;      // [blocks] spectral norms of the errors, or null
+  const float* metric_spectral;
+  const float* key_norm;      // [blocks]
+  const float* plain;         // [16] scale times ||q||, ||q a|| and ||q a - q^ a||, rounded up
+  const float* stretched;
+  const float* rest;
+  float rounding;             // bounds.logit_margin of one unit of scale * ||q|| * ||k||
+  float *upper, *lower;       // [last - first][16] base-2 logarithms
+};
+
+// Sixteen rows that stream blocks until what remains is proved to be little (6.2 and 6.3 of docs/math.md). Tables [blocks][16].
+struct Proof {
+  int64_t blocks;
+  const float *upper, *lower, *estimate;  // base-2 logarithms, -inf where a row sees nothing
+  const uint8_t* first;                   // [blocks] kept before all others
+  float log_kappa;                        // log2(error / (1 - error))
+  int32_t* priority;                      // bits of positive numbers; -1: nothing is seen
+  float *dropped, *kept;                  // masses above 2^base: at least what dropping loses, at most what keeping keeps
+  float base[LANE_ROWS];
+  float room[LANE_ROWS];                  // what may be dropped for one unit of what is kept
+  float sink[LANE_ROWS];                  // kept mass that is no key's
+  float far[LANE_ROWS];                   // dropped mass of blocks that are not in the tables
 };
 
 // Estimates of blocks from their means: scale * q.mean (+ reach * radius), capped, (+ addend). Natural logarithms.
@@ -264,9 +295,9 @@ struct Kernels {
   int64_t (*key_run_scratch)(int64_t block_size, int32_t d);
 
   // gate
-  bool integer_tiles;  // whether rounded queries of the sketch go by integer tiles (AMX)
+  bool integer_tiles;  // whether rounded queries of the sketch go by integer dot products (AMX, VNNI)
   void (*expand_codes)(const uint8_t* planes, int64_t plane_stride, int32_t sketch_bits, int32_t bits, int64_t keys, int32_t d,
-                       int32_t wide, int8_t* out);
+                       int32_t wide, int8_t* out, int32_t* origin);
   void (*read_steps)(const uint16_t* scale, int64_t keys, float by, float* step, float* shift);
   // Query rows [16] as lanes: times `stretch` where given, rounded to integers of at most 127 where asked. `panel` [wide][16] or
   // null, `codes` [wide / 4][16][4] or null; `step` what one integer stands for (1 if not rounded), NaN where a row is not
@@ -284,6 +315,15 @@ struct Kernels {
                     float* weights);  // weights: blocks * 17 floats
   // marks the k largest of n numbers, none NaN, 1 <= k <= n; of equal ones the earliest; x is overwritten
   void (*mark_largest)(float* x, int64_t n, int64_t k, uint8_t* marks);
+
+  // proofs
+  void (*bracket_keys)(const KeyProof& p);
+  int64_t (*bracket_scratch)(int64_t block_size, int32_t wide);
+  void (*weigh)(Proof& p);  // tables and base, with what brackets alone say is kept
+  // what blocks first..last-1 hold at least, from estimates [last - first][16] made of the keys themselves
+  void (*weigh_kept)(const Proof& p, const float* exact, int64_t first, int64_t last);
+  // marks what the first `lanes` rows keep; of equal priorities all, or with `ties` the earliest that suffice; list [blocks]
+  void (*stop_streams)(const Proof& p, int32_t lanes, bool ties, uint8_t* marks, int32_t* list);
 
   // offsets (offset_tile.h)
   void (*attend_offsets)(const OffsetTile& t);

@@ -20,6 +20,7 @@ namespace sieve {
 SIEVE_DECLARE(portable)
 SIEVE_DECLARE(avx2)
 SIEVE_DECLARE(avx512)
+SIEVE_DECLARE(vnni)
 SIEVE_DECLARE(amx)
 
 namespace {
@@ -54,11 +55,15 @@ const std::vector<Level>& all() {
 #ifdef SIEVE_HAS_avx512
     list.push_back({"avx512", &avx512::table, v512});
 #endif
+    const bool dots = v512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+                      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+    (void)dots;
+#ifdef SIEVE_HAS_vnni
+    list.push_back({"vnni", &vnni::table, dots});
+#endif
 #ifdef SIEVE_HAS_amx
-    const bool parts = v512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-                       __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("avx512vnni") &&
-                       __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
-                       __builtin_cpu_supports("gfni");
+    const bool parts = dots && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                       __builtin_cpu_supports("amx-int8");
     list.push_back({"amx", &amx::table, parts && amx_allowed()});
 #endif
 #endif

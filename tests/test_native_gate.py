@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sieve_attn import attention, native, pipeline
 from sieve_attn import geometry as g
 from sieve_attn.patterns import Sinks, Window
-from sieve_attn.policies import Adaptive, Aether, Certified, Policy, TopBlocks
+from sieve_attn.policies import Adaptive, Aether, Policy, TopBlocks
 from sieve_attn.scores import Euclidean, KeySketch, Mean
 from sieve_attn.selection import Mass, RelativeThreshold, TargetSparsity, Threshold, TopK
 from sieve_attn.selection import native as gate
@@ -282,7 +282,6 @@ def test_what_kernels_do_not_know_goes_to_the_reference():
         "a mask": (Call(q, k, v, scale=0.25, mask=torch.ones(1, 1, 64, 64, dtype=torch.bool)), policy, False),
         "every query": (call, policy, True),
         "float64": (Call(q.double(), k.double(), v.double(), scale=0.25), policy, False),
-        "Certified": (call, Certified(0.1), False),
     }
     for words, (other, rule, per_query) in declined.items():
         assert any(words in reason for reason in gate.why_not(other, geometry, rule, per_query)), words

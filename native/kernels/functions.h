@@ -63,7 +63,7 @@ void summarise(const KeyRun& run);
 int64_t key_run_scratch(int64_t block_size, int32_t d);
 bool integer_tiles();
 void expand_codes(const uint8_t* planes, int64_t plane_stride, int32_t sketch_bits, int32_t bits, int64_t keys, int32_t d,
-                  int32_t wide, int8_t* out);
+                  int32_t wide, int8_t* out, int32_t* origin);
 void read_steps(const uint16_t* scale, int64_t keys, float by, float* step, float* shift);
 void prepare_lanes(const View& q, int64_t b, const int64_t* head_of, const int64_t* query_of, int32_t rows, const float* stretch,
                    bool round, int32_t d, int32_t wide, float* panel, int8_t* codes, float* step, float* norm);
@@ -76,6 +76,11 @@ void mark_above(const float* estimate, int64_t blocks, float margin, uint8_t* ma
 void mark_mass(const float* estimate, int64_t blocks, float unit, float mass, int32_t lanes, uint8_t* marks,
                float* weights);
 void mark_largest(float* x, int64_t n, int64_t k, uint8_t* marks);
+void bracket_keys(const KeyProof& p);
+int64_t bracket_scratch(int64_t block_size, int32_t wide);
+void weigh(Proof& p);
+void weigh_kept(const Proof& p, const float* exact, int64_t first, int64_t last);
+void stop_streams(const Proof& p, int32_t lanes, bool ties, uint8_t* marks, int32_t* list);
 void attend_offsets(const OffsetTile& t);
 void gradient_offsets(const OffsetGradient& g);
 

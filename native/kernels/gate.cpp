@@ -1,6 +1,7 @@
 // Scores of key blocks for sixteen query rows at a time, one row a lane, and what selectors make of them.
 #include "kernels/functions.h"
 #include "kernels/gemm.h"
+#include "kernels/key_rows.h"
 #include "kernels/lanes.h"
 #include "kernels/logits.h"
 #include "kernels/transpose.h"
@@ -13,7 +14,7 @@ constexpr int MOST_CHANNELS = 512;
 constexpr int CHUNK_KEYS = 32;        // keys whose dot products are made together
 constexpr float SUM_LOW = 8.6736174e-19f, SUM_HIGH = 1.2676506e30f;  // 2^-60, 2^100: sums between them lost nothing
 
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) || defined(__AVX512VNNI__)
 bool integer_tiles() { return true; }
 #else
 bool integer_tiles() { return false; }
@@ -22,7 +23,7 @@ bool integer_tiles() { return false; }
 // Codes --------------------------------------------------------------------------------------------------------------
 
 void expand_codes(const uint8_t* planes, int64_t plane_stride, int32_t sketch_bits, int32_t bits, int64_t keys, int32_t d,
-                  int32_t wide, int8_t* out) {
+                  int32_t wide, int8_t* out, int32_t* origin) {
   (void)sketch_bits;  // the leading planes are the coarser copy
   const int64_t bytes = (d + 7) / 8;
   const int odd = bits == 8 ? 0 : (1 << bits) - 1;
@@ -51,6 +52,10 @@ void expand_codes(const uint8_t* planes, int64_t plane_stride, int32_t sketch_bi
       out[c] = (int8_t)(bits == 8 ? code - 128 : 2 * code - odd);
     }
     for (; c < wide; ++c) out[c] = 0;
+    int32_t bits_of_magic, total = 0;
+    memcpy(&bits_of_magic, &MAGIC, 4);
+    for (c = 0; c < d; ++c) total += out[c];
+    origin[j] = bits_of_magic - 128 * total;
   }
 }
 
@@ -160,30 +165,6 @@ int64_t key_score_scratch(int64_t block_size, int32_t wide) {
   return keys * LANE_ROWS * 3 + keys * wide + LANE_ROWS * 8 + 64;
 }
 
-// Rows of a run of keys as floats [keys][wide].
-static inline void read_keys(const KeyScore& s, int64_t first, int n, float* rows) {
-  for (int i = 0; i < n; ++i) {
-    float* row = rows + (int64_t)i * s.wide;
-    if (!s.codes) {
-      read_row(at(*s.key, s.b, s.h, first + i, 0), s.key->stride[3], s.key->dtype, s.d, s.wide, row);
-      continue;
-    }
-    const int8_t* code = s.codes + (first + i) * s.wide;
-    int c = 0;
-#if defined(__AVX512F__)
-    const __m512i one = _mm512_set1_epi32(s.eight_bits ? 1 : 0);
-    for (; c < s.wide; c += 16) {
-      __m512i x = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(code + c)));
-      if (s.eight_bits) x = _mm512_add_epi32(_mm512_add_epi32(x, x), one);
-      _mm512_storeu_ps(row + c, _mm512_cvtepi32_ps(x));
-    }
-#else
-    for (; c < s.wide; ++c) row[c] = s.eight_bits ? (float)(2 * code[c] + 1) : (float)code[c];
-#endif
-    // behind the last channel the query is zero, whatever the code
-  }
-}
-
 // One block with its masks and its cap: by `reference` [16] where that serves, else by the block's own maximum. Equal keys give
 // equal bits on every path, since both references are integers. `dots` [n][16]: products as floats (Tiles: as integers above
 // MAGIC). Returns the lanes, as bits, that `reference` did not serve.
@@ -243,6 +224,31 @@ static uint32_t careful(const KeyScore& s, int64_t base, int n, const float* dot
   }
   return unserved;
 }
+
+#if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
+// dots [keys up to 8][16] = codes times queries, as integers above the bits of MAGIC. Queries are unsigned, 128 too large; what
+// that adds is taken off beforehand.
+static inline void unsigned_dots(const int8_t* codes, int64_t wide, const uint8_t* q, const int32_t* origin, int keys, float* dots) {
+  constexpr int CHAINS = 8;  // one alone waits for its own results
+  for (int j = 0; j < keys; j += CHAINS) {
+    const int8_t* key = codes + (int64_t)j * wide;
+    __m512i sum[CHAINS];
+#pragma GCC unroll 8
+    for (int i = 0; i < CHAINS; ++i) sum[i] = _mm512_set1_epi32(origin[j + i]);
+    for (int64_t c = 0; c < wide; c += 4) {
+      const __m512i rows = _mm512_load_si512(q + c * LANE_ROWS);
+#pragma GCC unroll 8
+      for (int i = 0; i < CHAINS; ++i) {
+        int32_t four;
+        memcpy(&four, key + i * wide + c, 4);
+        sum[i] = _mm512_dpbusd_epi32(sum[i], rows, _mm512_set1_epi32(four));
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < CHAINS; ++i) _mm512_storeu_si512(dots + (int64_t)(j + i) * LANE_ROWS, sum[i]);
+  }
+}
+#endif
 
 #if defined(__AMX_INT8__)
 struct alignas(64) IntegerTiles {
@@ -313,6 +319,11 @@ static void score_keys_by(const KeyScore& s) {
     _tile_loadd(4, s.q_codes, 64);
     if (steps > 1) _tile_loadd(5, s.q_codes + 1024, 64);
   }
+#elif defined(__AVX512VNNI__)
+  alignas(64) uint8_t unsigned_q[LANE_ROWS * (MOST_CHANNELS + 64)];
+  if (Tiles)
+    for (int i = 0; i < s.wide * LANE_ROWS; i += 64)
+      _mm512_store_si512(unsigned_q + i, _mm512_xor_si512(_mm512_loadu_si512(s.q_codes + i), _mm512_set1_epi8((char)128)));
 #endif
   auto multiply = [&](int64_t b0, float* out) {
     const int64_t b1 = b0 + chunk < l.last ? b0 + chunk : l.last, first = b0 * size;
@@ -326,6 +337,8 @@ static void score_keys_by(const KeyScore& s) {
         tile_dots<2>(codes, s.wide, 2, s.q_codes, magic, keys, out);
       else
         tile_dots<0>(codes, s.wide, steps, s.q_codes, magic, keys, out);
+#elif defined(__AVX512VNNI__)
+      unsigned_dots(s.codes + first * s.wide, s.wide, unsigned_q, s.origin + first, keys, out);
 #endif
     } else {
       read_keys(s, first, keys, rows);
@@ -398,7 +411,7 @@ static void score_keys_by(const KeyScore& s) {
 }
 
 void score_keys(const KeyScore& s) {
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) || defined(__AVX512VNNI__)
   if (s.q_codes && s.codes && !s.eight_bits) return score_keys_by<true>(s);
 #endif
   score_keys_by<false>(s);

@@ -26,6 +26,16 @@ static inline vf log2_(vf x) {
   return ln * LOG2E + __builtin_convertvector(e, vf);
 }
 
+static inline vf sqrt_(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)x);
+#else
+  vf root;
+  for (int i = 0; i < LANES; ++i) root[i] = __builtin_sqrtf(x[i]);
+  return root;
+#endif
+}
+
 // 2^x for estimates: errs by at most 1.1e-4 of the result (exp2_<5> where there is no instruction to split a number)
 static inline vf weight(vf x) {
 #if defined(__AVX512F__)

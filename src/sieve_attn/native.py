@@ -44,7 +44,7 @@ def module() -> ModuleType:
 
 
 def level() -> str | None:
-    """The instruction-set level in use (portable, avx2, avx512, amx), or None without kernels."""
+    """The instruction-set level in use (portable, avx2, avx512, vnni, amx), or None without kernels."""
     return None if missing() else module().level()
 
 

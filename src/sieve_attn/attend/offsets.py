@@ -29,6 +29,7 @@ MODULI = (30, 240)
 # ratio counts; the wheel pays for the pairs of its tiles, kept or not. `amx` is a Xeon, `avx512` an EPYC (Zen 5).
 COSTS = {
     "amx": {"bfloat16": (3.9, 0.63), "": (3.9, 1.65)},
+    "vnni": {"": (4.0, 1.4)},
     "avx512": {"": (4.0, 1.4)},
     "avx2": {"": (6.0, 4.0)},
     "portable": {"": (20.0, 14.0)},

@@ -1,9 +1,10 @@
 """C++ kernels for scores and selection of a prefill, fused: one tile of queries at a time, nothing of size queries x keys.
 
 The result is the reference's (``pipeline.select``), but where estimates tie within rounding: exponentials of estimates err by
-at most 1.1e-4. Equal blocks have equal estimates to the last bit, so ties go to the smaller index here too. On machines with
-AMX, rounded queries meet the sketch in integer tiles; elsewhere, and for 8 bits, the same integers are multiplied in fp32,
-which is exact up to 512 channels.
+at most 1.1e-4. Equal blocks have equal estimates to the last bit, so ties go to the smaller index here too. With AMX or VNNI,
+rounded queries meet the sketch in integer dot products; elsewhere, and for 8 bits, the same integers are multiplied in fp32,
+which is exact up to 512 channels. ``Certified`` is proved as in the reference, with what these exponentials and products may err
+counted outward.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from sieve_attn import arrays, native
 from sieve_attn.patterns import Pattern, Sinks, Window
 from sieve_attn.patterns.base import members
 from sieve_attn.scores import Euclidean, KeySketch, Mean
+from sieve_attn.selection.certified import Certified
 from sieve_attn.selection.mass import Mass
 from sieve_attn.selection.threshold import RelativeThreshold, Threshold
 from sieve_attn.selection.top_k import TargetSparsity, TopK
@@ -25,7 +27,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 LEAST_QUERIES = 16
 LARGEST_DIM = 512
 SCORERS = {KeySketch: 0, Mean: 1, Euclidean: 2}
-SELECTORS = {TopK: 0, TargetSparsity: 1, Threshold: 2, RelativeThreshold: 3, Mass: 4}
+SELECTORS = {TopK: 0, TargetSparsity: 1, Threshold: 2, RelativeThreshold: 3, Mass: 4, Certified: 5}
 
 
 def why_not(call: Call, geometry: Geometry, policy: Any, per_query: bool) -> tuple[str, ...]:
@@ -56,6 +58,11 @@ def why_not(call: Call, geometry: Geometry, policy: Any, per_query: bool) -> tup
         reasons.append(f"kernels score by {_names(SCORERS)}, not by {type(policy.scorer).__name__}")
     if type(policy.selector) not in SELECTORS:
         reasons.append(f"kernels select by {_names(SELECTORS)}, not by {type(policy.selector).__name__}")
+    if type(policy.selector) is Certified:
+        if type(policy.scorer) is not KeySketch:
+            reasons.append(f"kernels prove with KeySketch, not with {type(policy.scorer).__name__}")
+        elif policy.scorer.bits < geometry.sketch.bits:
+            reasons.append(f"kernels prove with all {geometry.sketch.bits} bits of a sketch, not with {policy.scorer.bits}")
     if _ends(policy.keep) is None:
         reasons.append(f"kernels force Sinks and Window, not {policy.keep!r}")
     return tuple(reasons)
@@ -98,13 +105,14 @@ def select(call: Call, geometry: Geometry, policy: Any) -> tuple[Selection, tupl
     def flat(x: Array | None, lead: int = 2) -> Any:
         return None if x is None else held(x.reshape(*x.shape[:lead], -1))
 
-    by_keys = isinstance(scorer, KeySketch)
+    by_keys, proves = isinstance(scorer, KeySketch), type(selector) is Certified
     sketch = geometry.sketch if by_keys else None
     level = {
         Threshold: lambda: selector.threshold,
         RelativeThreshold: lambda: selector.margin,
         TargetSparsity: lambda: selector.sparsity,
         Mass: lambda: selector.mass,
+        Certified: lambda: selector.error,
         TopK: lambda: 0.0,
     }[type(selector)]()
     found = native.module().select(
@@ -116,7 +124,11 @@ def select(call: Call, geometry: Geometry, policy: Any) -> tuple[Selection, tupl
         planes=flat(sketch.planes, 3) if by_keys else None, key_scale=flat(sketch.scale) if by_keys else None,
         channel_scale=flat(sketch.channel_scale) if by_keys else None, mean=None if by_keys else flat(geometry.mean),
         radius=flat(geometry.radius) if type(scorer) is Euclidean else None, count=flat(geometry.count),
-        finite=flat(geometry.finite), rule=SELECTORS[type(selector)], level=float(level),
+        finite=flat(geometry.finite), error=flat(sketch.error) if proves else None,
+        metric_error=flat(sketch.metric_error) if proves else None, spectral=flat(sketch.spectral) if proves else None,
+        metric_spectral=flat(sketch.metric_spectral) if proves else None, key_norm=flat(geometry.key_norm) if proves else None,
+        sink=held(xp.contiguous(call.sink), xp.float32) if proves and call.sink is not None else None,
+        rule=SELECTORS[type(selector)], level=float(level),
         blocks=selector.blocks if type(selector) is TopK else 0, block_size=policy.block_size, query_tile=policy.query_tile,
         stride=policy.query_stride, heads=heads, sinks=sinks, near=window,
         dense_above=policy.dense_above if selector.may_turn_dense else 1.0, threads=native.threads(call.query),

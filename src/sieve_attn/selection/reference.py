@@ -137,7 +137,9 @@ def _forced(xp, rows: Rows, geometry: Geometry, keep: Pattern | None, tiles: Til
     if keep is not None:
         key = xp.arange(0, geometry.kv_len, rows.query)[None, :]
         wanted = keep.keeps(rows.position[:, None], key) & rows.structural
-        forced = forced | xp.any_(split_blocks(wanted, size, False), -1)[None, None]
+        wanted = xp.any_(split_blocks(wanted, size, False), -1)[None, None]
+        # the tile keeps what the pattern wants for any of its queries, so proofs of the others may count on it
+        forced = forced | (wanted if per_query else tiles.spread(xp.any_(tiles.split(wanted, False), 3)))
     return forced
 
 

@@ -1,0 +1,65 @@
+// Scores and proofs of the gate of a prefill: sixteen query rows of a tile at a time, one row a lane.
+#pragma once
+#include <vector>
+
+#include "buffer.h"
+#include "kernels.h"
+#include "sight.h"
+
+namespace sieve {
+
+// The keys of one KV head as scores and proofs read them.
+struct Head {
+  const int8_t* codes;
+  const float *step, *shift, *addend;
+  const int32_t* origin;
+  const float *error, *metric_error, *length, *spectral, *metric_spectral, *key_norm;  // for proofs
+  std::vector<int32_t> broken;  // blocks with a key that is not finite
+  int64_t calibrated;  // queries before this position may be early, all of them where the sketch is not settled
+  bool settled;
+};
+
+struct RowSpace {
+  RowSpace() = default;
+  RowSpace(const GateTask& t, int64_t blocks, int32_t wide);
+  Buffer<float> estimate, other, best, q, weights, scratch;
+  Buffer<float> upper, lower, dropped, kept;  // for proofs
+  Buffer<int32_t> priority, list;
+  Buffer<int8_t> q_codes;
+  std::vector<uint8_t> marks, first, reached;
+};
+
+// Up to sixteen rows of one KV head.
+struct RowSet {
+  int64_t b, kv;
+  int64_t head[LANE_ROWS], query[LANE_ROWS];
+  int rows;
+};
+
+class GateRows : public Sight {
+ public:
+  explicit GateRows(const GateTask& t);
+
+  // Estimates of the blocks first..last-1 that some row sees; returns what turns them into base-2 logarithms.
+  float score(const RowSet& set, const Head& head, const Frame& f, int64_t& first, int64_t& last, RowSpace& w) const;
+  // Marks what the rows must keep so that each drops at most `level` of its mass.
+  void prove(const RowSet& set, const Head& head, const Frame& f, RowSpace& w) const;
+
+ protected:
+  const GateTask& t_;
+  const Kernels& k_;
+  const int64_t d_, wide_;
+
+ private:
+  bool structurally_sees(int64_t query, int64_t key) const;
+  bool early(const Head& head, int64_t query) const;
+  Lanes look(const RowSet& set, const Frame& f) const;
+  void early_rows(const RowSet& set, const Head& head, bool* is_early, bool& some, bool& all) const;
+  void plain_queries(const RowSet& set, RowSpace& w, float* norm) const;
+  KeyScore keys_of(const RowSet& set, const Head& head, const Lanes& lanes, const float* factor, RowSpace& w) const;
+  void score_keys_themselves(const RowSet& set, const Lanes& lanes, RowSpace& w, float* out) const;
+  void bracket(const RowSet& set, const Head& head, const Lanes& lanes, const float* plain, RowSpace& w) const;
+  void count_exactly(const RowSet& set, const Lanes& lanes, const Proof& proof, float* room, RowSpace& w) const;
+};
+
+}  // namespace sieve

@@ -1,0 +1,34 @@
+// Keys of the gate as rows of floats: their codes, or the keys themselves.
+#pragma once
+#include "kernels.h"
+#include "kernels/vec.h"
+
+namespace sieve {
+namespace SIEVE_LEVEL {
+
+// Rows of a run of keys as floats [keys][wide].
+static inline void read_keys(const KeyScore& s, int64_t first, int n, float* rows) {
+  for (int i = 0; i < n; ++i) {
+    float* row = rows + (int64_t)i * s.wide;
+    if (!s.codes) {
+      read_row(at(*s.key, s.b, s.h, first + i, 0), s.key->stride[3], s.key->dtype, s.d, s.wide, row);
+      continue;
+    }
+    const int8_t* code = s.codes + (first + i) * s.wide;
+    int c = 0;
+#if defined(__AVX512F__)
+    const __m512i one = _mm512_set1_epi32(s.eight_bits ? 1 : 0);
+    for (; c < s.wide; c += 16) {
+      __m512i x = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(code + c)));
+      if (s.eight_bits) x = _mm512_add_epi32(_mm512_add_epi32(x, x), one);
+      _mm512_storeu_ps(row + c, _mm512_cvtepi32_ps(x));
+    }
+#else
+    for (; c < s.wide; ++c) row[c] = s.eight_bits ? (float)(2 * code[c] + 1) : (float)code[c];
+#endif
+    // behind the last channel the query is zero, whatever the code
+  }
+}
+
+}  // namespace SIEVE_LEVEL
+}  // namespace sieve
