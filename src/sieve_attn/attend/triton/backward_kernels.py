@@ -32,7 +32,9 @@ from sieve_attn.attend.triton.tiles import (
 
 
 @triton.jit(do_not_specialize=["q_len", "rows"])
-def shift_kernel(grad, out, lse, grad_lse, shift, rows, q_heads, q_len, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr):
+def shift_kernel(
+    grad, out, lse, grad_lse, shift, rows, q_heads, q_len, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr
+):
     """``shift = dlse - rowsum(dO * O)`` [batch, q_heads, q_len]; a row that saw nothing has a constant lse."""
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = at < rows
@@ -63,13 +65,15 @@ def slopes(product, log, shift, pull, scale, softcap, AXIS: tl.constexpr):
     """``(weight, dS before the bias, dS before the cap)`` of pairs that are all seen; rows lie along ``AXIS``."""
     if softcap is None:
         weight = tl.exp2(product * (scale * LOG2E) - along(log, AXIS))
-        slope = weight * (pull + along(shift, AXIS))
-        return weight, slope, slope
-    logit = capped(product, scale, softcap)
-    weight = tl.exp2(logit * LOG2E - along(log, AXIS))
+    else:
+        logit = capped(product, scale, softcap)
+        weight = tl.exp2(logit * LOG2E - along(log, AXIS))
     slope = weight * (pull + along(shift, AXIS))
-    part = logit / softcap
-    return weight, slope, slope * (1.0 - part * part)
+    inner = slope
+    if softcap is not None:
+        part = logit / softcap
+        inner = slope * (1.0 - part * part)
+    return weight, slope, inner
 
 
 @triton.jit
@@ -117,10 +121,13 @@ def query_kernel(
     sums = tl.zeros([ROWS * PACK], tl.float32)
     for turn in tl.static_range(2 if RANGES == 3 else 1):
         SECTION: tl.constexpr = turn + 1 if RANGES == 3 else RANGES
-        index, start, low, high, low_first, high_last, a, b, c, d, sound = walk_of(
+        start, low, high, low_first, high_last, a, b, c, d, _ = walk_of(
             batch, kv_head, tile, piece, head, row, row_there, q_len, kv_len, q_heads, chosen_heads, sight, chosen,
             Q_BLOCK, ROWS, KV_BLOCK, CAUSAL, LISTED, SECTION, EVERYWHERE,
         )  # fmt: skip
+        index = chosen.block_index
+        if LISTED:
+            index += start
         whole = (c - b) * KV_BLOCK // BLOCK_N
         if not EVERYWHERE:
             for step in tl.range(0, whole):

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sieve_attn import triton as door
 from sieve_attn.attend.triton.launch import (
     Launch,
     grid_of,
@@ -53,20 +52,27 @@ def fold(total, top, mass, logit, factor, value, MASKED: tl.constexpr):
     weight = tl.exp2(logit * factor - base[:, None])
     shrink = tl.exp2(top - base)
     mass = mass * shrink + tl.sum(weight, 1)
-    total = total * shrink[:, None]
-    if MASKED:
-        # 0 * NaN is NaN: what a row does not see must not reach it, what it does see must
-        clean = finite(value)
-        total = tl.dot(weight.to(value.dtype), clean, total, input_precision="ieee")
-        unknown = value != value
-        if tl.max(tl.max((unknown | (value != clean)).to(tl.int32), 1), 0) > 0:
-            touched = (logit != float("-inf")).to(value.dtype)
-            above = tl.dot(touched, (unknown | (value > clean)).to(value.dtype), input_precision="ieee")
-            below = tl.dot(touched, (unknown | (value < clean)).to(value.dtype), input_precision="ieee")
-            total += tl.where(above > 0, float("inf"), 0.0) + tl.where(below > 0, float("-inf"), 0.0)
-    else:
-        total = tl.dot(weight.to(value.dtype), value, total, input_precision="ieee")
+    total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision="ieee")
     return total, peak, mass
+
+
+@triton.jit
+def restore(
+    total, logit, found, there, batch, kv_head, value, table,
+    V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Adds the values that are not finite to the rows that attend to them, key by key: rare, and it must not cost registers."""
+    channel = tl.arange(0, BLOCK_V)
+    for number in range(0, BLOCK_N):
+        mine = tl.arange(0, BLOCK_N) == number
+        key = tl.sum(tl.where(mine, found, 0), 0)
+        here = tl.max((mine & there).to(tl.int32), 0) > 0
+        place = places(key, batch, kv_head, value, table, PAGE_SIZE, WIDE)
+        row = tl.load(place + channel * value.col, mask=(channel < V_DIM) & here, other=0.0).to(tl.float32)
+        strange = (row != row) | (tl.abs(row) == float("inf"))
+        touched = tl.max((mine[None, :] & (logit != float("-inf"))).to(tl.int32), 1) > 0
+        total += tl.where(touched[:, None] & strange[None, :], row[None, :], 0.0)
+    return total
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "tiles", "chosen_heads"])
@@ -100,10 +106,13 @@ def attend_kernel(
     total = tl.zeros([ROWS * PACK, BLOCK_V], tl.float32)
     for turn in tl.static_range(2 if RANGES == 3 else 1):
         SECTION: tl.constexpr = turn + 1 if RANGES == 3 else RANGES
-        index, start, low, high, low_first, high_last, a, b, c, d, sound = walk_of(
+        start, low, high, low_first, high_last, a, b, c, d, sound = walk_of(
             batch, kv_head, tile, piece, head, row, row_there, q_len, kv_len, q_heads, chosen_heads, sight, chosen,
             Q_BLOCK, ROWS, KV_BLOCK, CAUSAL, LISTED, SECTION, EVERYWHERE,
         )  # fmt: skip
+        index = chosen.block_index
+        if LISTED:
+            index += start
         whole = (c - b) * KV_BLOCK // BLOCK_N
         if not EVERYWHERE:
             for step in tl.range(whole * split // SPLITS, whole * (split + 1) // SPLITS):
@@ -130,16 +139,21 @@ def attend_kernel(
             logit, _ = biased(capped(product, scale, softcap), seen, batch, safe_head, row, found, bias, 0, WIDE)
             place = places(found, batch, kv_head, value, table, PAGE_SIZE, WIDE)
             values = load_rows(place, there, value.col, V_DIM, BLOCK_V, True)
-            total, top, mass = fold(total, top, mass, logit, 1.0, values, True)
-    if sink is not None:
-        if SPLITS == 1:
-            extra = tl.load(sink + safe_head).to(tl.float32) * LOG2E
-            peak = tl.maximum(top, extra)
-            base = tl.where(peak == float("-inf"), 0.0, peak)
-            shrink = tl.exp2(top - base)
-            mass = mass * shrink + tl.exp2(extra - base)
-            total = total * shrink[:, None]
-            top = peak
+            # 0 * NaN is NaN: what a row does not see must not reach it, what it does see must
+            clean = finite(values)
+            total, top, mass = fold(total, top, mass, logit, 1.0, clean, True)
+            if tl.max(tl.max((clean.to(tl.float32) != values.to(tl.float32)).to(tl.int32), 1), 0) > 0:
+                total = restore(
+                    total, logit, found, there, batch, kv_head, value, table, V_DIM, BLOCK_V, BLOCK_N, PAGE_SIZE, WIDE
+                )
+    if sink is not None and SPLITS == 1:
+        extra = tl.load(sink + safe_head).to(tl.float32) * LOG2E
+        peak = tl.maximum(top, extra)
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        shrink = tl.exp2(top - base)
+        mass = mass * shrink + tl.exp2(extra - base)
+        total = total * shrink[:, None]
+        top = peak
     empty = top == float("-inf")
     weight = total / tl.where(empty, 1.0, mass)[:, None]
     log = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, mass))) * LN2)
@@ -156,7 +170,7 @@ def attend_kernel(
     tl.store(place, weight.to(out.ptr.dtype.element_ty), mask=row_there[:, None] & (channel < V_DIM)[None, :])
 
 
-def tiling(dtype: torch.dtype, width: int, rows: int, kv_block: int | None, capability: tuple[int, int]) -> tuple[int, int, int]:
+def tiling(dtype: torch.dtype, width: int, rows: int, gathered: bool) -> tuple[int, int, int]:
     """``(columns, warps, stages)`` for tiles of ``rows`` rows, ``width`` the larger padded head dim.
 
     A table and no search: the first call compiles one kernel. Shared memory holds the rows and ``stages`` tiles of keys and
@@ -168,10 +182,10 @@ def tiling(dtype: torch.dtype, width: int, rows: int, kv_block: int | None, capa
     elif rows <= 32:
         columns, warps, stages = (128, 4, 3) if width <= 64 else (64, 4, 3) if width <= 128 else (32, 4, 3)
     else:
-        columns, warps, stages = (128 if rows >= 128 else 64, 4, 3) if width <= 64 else (64, 4, 3) if width <= 128 else (32, 4, 2)
+        # pointers to single rows of gathered keys take registers too
+        wide = width <= 64 and rows >= 128 and not gathered
+        columns, warps, stages = (128 if wide else 64, 4, 3) if width <= 128 else (32, 4, 2)
         warps = 8 if rows >= 128 else 4
-    if kv_block is not None and kv_block % columns and kv_block >= 16 and kv_block & (kv_block - 1) == 0:
-        columns = min(columns, max(kv_block, columns))
     return columns, warps, stages
 
 
@@ -182,9 +196,7 @@ def most_rows(dtype: torch.dtype, width: int) -> int:
     return 128 if width <= 128 else 64
 
 
-def launch_forward(
-    call: Call, selection: Selection, out: Tensor, lse: Tensor, capability: tuple[int, int], splits: int = 1
-) -> Launch:
+def launch_forward(call: Call, selection: Selection, out: Tensor, lse: Tensor, splits: int = 1) -> Launch:
     """The launch that writes ``out`` and ``lse``; with splits these have ``splits * batch`` sequences of parts."""
     batch, q_heads, q_len, dim = call.query.shape
     kv_heads, v_dim = call.key.shape[1], call.value.shape[3]
@@ -195,19 +207,19 @@ def launch_forward(
     q_block = min(power_of_two(q_len), most) if part is None else part.q_block
     shared = part is None or part.heads != q_heads
     rows, pack = packing(q_block, group, shared, most)
-    columns, warps, stages = tiling(call.query.dtype, width, rows * pack, part and part.kv_block, capability)
+    columns, warps, stages = tiling(call.query.dtype, width, rows * pack, part is not None and part.kv_block < 128)
     grid = grid_of(selection, q_block, columns)
     mask, bias = over_pairs(call.mask, call), over_pairs(call.bias, call)
     pieces, packs = -(-grid.q_block // rows), kv_heads * -(-group // pack)
-    arguments = dict(
-        query=view(call.query), key=view(call.key), value=view(call.value), out=view(out), lse=lse, mask=mask, bias=bias,
-        key_mask=key_mask_view(call), sink=call.sink, sight=sight_of(call), chosen=grid.chosen, table=None, lengths=None,
-        scale=float(call.scale), softcap=call.softcap, batch_size=batch, q_heads=q_heads, kv_heads=kv_heads,
-        chosen_heads=grid.heads, q_len=q_len, kv_len=call.kv_len, tiles=grid.tiles, pieces=pieces, packs=packs, DIM=dim,
-        V_DIM=v_dim, BLOCK_D=block_d, BLOCK_V=block_v, ROWS=rows, PACK=pack, BLOCK_N=columns, Q_BLOCK=grid.q_block,
-        KV_BLOCK=grid.kv_block, CAUSAL=bool(call.causal), RANGES=grid.ranges, PAGE_SIZE=0, SPLITS=splits,
-        WIDE=wide(call, mask, bias),
-    )  # fmt: skip
+    arguments = {
+        "query": view(call.query), "key": view(call.key), "value": view(call.value), "out": view(out), "lse": lse, "mask": mask,
+        "bias": bias, "key_mask": key_mask_view(call), "sink": call.sink, "sight": sight_of(call), "chosen": grid.chosen,
+        "table": None, "lengths": None, "scale": float(call.scale), "softcap": call.softcap, "batch_size": batch,
+        "q_heads": q_heads, "kv_heads": kv_heads, "chosen_heads": grid.heads, "q_len": q_len, "kv_len": call.kv_len,
+        "tiles": grid.tiles, "pieces": pieces, "packs": packs, "DIM": dim, "V_DIM": v_dim, "BLOCK_D": block_d,
+        "BLOCK_V": block_v, "ROWS": rows, "PACK": pack, "BLOCK_N": columns, "Q_BLOCK": grid.q_block, "KV_BLOCK": grid.kv_block,
+        "CAUSAL": bool(call.causal), "RANGES": grid.ranges, "PAGE_SIZE": 0, "SPLITS": splits, "WIDE": wide(call, mask, bias),
+    }  # fmt: skip
     return Launch(attend_kernel, grid.tiles * pieces * packs * batch * splits, arguments, warps, stages)
 
 
@@ -216,5 +228,5 @@ def attend(call: Call, selection: Selection) -> tuple[Tensor, Tensor]:
     batch, heads, q_len, _ = call.query.shape
     out = torch.empty((batch, heads, q_len, call.value.shape[3]), dtype=call.query.dtype, device=call.query.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=call.query.device)
-    launch_forward(call, selection, out, lse, door.capability(call.query)).run(call.query)
+    launch_forward(call, selection, out, lse).run(call.query)
     return out, lse

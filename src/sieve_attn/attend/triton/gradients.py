@@ -57,16 +57,17 @@ def tiling(dtype: torch.dtype, width: int, kernel: str, rows: int) -> tuple[int,
     if dtype == torch.float32:
         return (32, 4, 1) if width <= 64 else (16, 4, 1) if width <= 128 else (16, 8, 1)
     if kernel == "query":
-        return (64, 8 if rows >= 128 else 4, 2) if width <= 128 else (32, 8, 1)
-    return (128, 8, 2) if width <= 64 else (64, 8, 2) if width <= 128 else (32, 8, 1)
+        return (64, 8, 2) if rows >= 128 else (32, 4, 2) if width <= 128 else (32, 8, 1)
+    return (64, 8, 2) if width <= 128 else (32, 8, 1)
 
 
 def most_rows(dtype: torch.dtype, width: int, kernel: str) -> int:
+    """How many rows a program may hold at a time: dQ holds its output in registers, dK and dV only look at them."""
     if dtype == torch.float32:
         return 32 if width <= 64 else 16
     if kernel == "query":
-        return 128 if width <= 64 else 64
-    return 64 if width <= 128 else 32
+        return 128 if width <= 128 else 64
+    return 64 if width <= 64 else 32
 
 
 def launch_shift(out: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor, shift: Tensor) -> Launch:
@@ -75,10 +76,10 @@ def launch_shift(out: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor
     rows, number = max(4096 // block_v, 1), lse.numel()
     batch, head, row = grad_lse.stride()
     given = view(grad_lse[..., None])._replace(batch=batch, head=head, row=row)
-    arguments = dict(
-        grad=view(grad_output), out=view(out), lse=lse, grad_lse=given, shift=shift, rows=number, q_heads=out.shape[1],
-        q_len=out.shape[2], V_DIM=v_dim, BLOCK_V=block_v, ROWS=rows,
-    )  # fmt: skip
+    arguments = {
+        "grad": view(grad_output), "out": view(out), "lse": lse, "grad_lse": given, "shift": shift, "rows": number,
+        "q_heads": out.shape[1], "q_len": out.shape[2], "V_DIM": v_dim, "BLOCK_V": block_v, "ROWS": rows,
+    }  # fmt: skip
     return Launch(shift_kernel, -(-number // rows), arguments, 4, 1)
 
 
@@ -93,22 +94,27 @@ def launch_backward(
     mask, bias, part = over_pairs(call.mask, call), over_pairs(call.bias, call), selection.blocks
     shared = part is None or part.heads != q_heads
     pair_bias = made.get("pair_bias")
-    common = dict(
-        query=view(call.query), key=view(call.key), value=view(call.value), grad=view(grad_output), lse=lse, shift=shift,
-        mask=mask, bias=bias, key_mask=key_mask_view(call), sight=sight_of(call), scale=float(call.scale), softcap=call.softcap,
-        q_heads=q_heads, kv_heads=kv_heads, q_len=q_len, kv_len=call.kv_len, DIM=dim, V_DIM=v_dim, BLOCK_D=block_d,
-        BLOCK_V=block_v, CAUSAL=bool(call.causal), WIDE=wide(call, mask, bias),
-    )  # fmt: skip
+    common = {
+        "query": view(call.query), "key": view(call.key), "value": view(call.value), "grad": view(grad_output), "lse": lse,
+        "shift": shift, "mask": mask, "bias": bias, "key_mask": key_mask_view(call), "sight": sight_of(call),
+        "scale": float(call.scale), "softcap": call.softcap, "q_heads": q_heads, "kv_heads": kv_heads, "q_len": q_len,
+        "kv_len": call.kv_len, "DIM": dim, "V_DIM": v_dim, "BLOCK_D": block_d, "BLOCK_V": block_v, "CAUSAL": bool(call.causal),
+        "WIDE": wide(call, mask, bias),
+    }  # fmt: skip
 
     def plan(kernel: str, one_head: bool):
         most = most_rows(call.query.dtype, width, kernel)
-        rows, pack = packing(min(power_of_two(q_len), most) if part is None else part.q_block, group, shared and not one_head, most)
+        q_block = min(power_of_two(q_len), most) if part is None else part.q_block
+        rows, pack = packing(q_block, group, shared and not one_head, most)
         columns, warps, stages = tiling(call.query.dtype, width, kernel, rows * pack)
         if kernel == "key" and part is not None:
             columns = min(columns, power_of_two(part.kv_block, 16))
-        grid = grid_of(selection, min(power_of_two(q_len), most), columns)
-        sizes = dict(ROWS=rows, PACK=pack, BLOCK_N=columns, Q_BLOCK=grid.q_block, KV_BLOCK=grid.kv_block, RANGES=grid.ranges)
-        return grid, -(-grid.q_block // rows), pack, dict(common, chosen=grid.chosen, chosen_heads=grid.heads, **sizes), warps, stages
+        grid = grid_of(selection, q_block, columns)
+        sizes = {
+            **common, "chosen": grid.chosen, "chosen_heads": grid.heads, "pieces": -(-grid.q_block // rows), "ROWS": rows,
+            "PACK": pack, "BLOCK_N": columns, "Q_BLOCK": grid.q_block, "KV_BLOCK": grid.kv_block, "RANGES": grid.ranges,
+        }  # fmt: skip
+        return grid, sizes, warps, stages
 
     # a bias that sequences or heads share is added to by one launch after another
     turns = [(0, batch, 0, None)]
@@ -116,23 +122,22 @@ def launch_backward(
         over_batch = [(b, 1) for b in range(batch)] if pair_bias.shape[0] == 1 else [(0, batch)]
         over_heads = [(h, 1) for h in range(q_heads)] if pair_bias.shape[1] == 1 else [(0, q_heads)]
         turns = [(*b, *h) for b, h in product(over_batch, over_heads)]
-    grid, pieces, pack, arguments, warps, stages = plan("query", pair_bias is not None)
+    grid, sizes, warps, stages = plan("query", pair_bias is not None)
     place = None if pair_bias is None else view(pair_bias.expand(batch, q_heads, q_len, call.kv_len))
     for first_batch, sequences, first_pack, packs in turns:
-        packs = kv_heads * -(-group // pack) if packs is None else packs
-        own = dict(
-            arguments, grad_query=view(made["query"]), grad_bias=place, row_sums=made.get("row_sums"), tiles=grid.tiles,
-            pieces=pieces, packs=packs, first_batch=first_batch, first_pack=first_pack,
-        )  # fmt: skip
-        yield Launch(query_kernel, grid.tiles * pieces * packs * sequences, own, warps, stages)
-    grid, pieces, pack, arguments, warps, stages = plan("key", "key_sums" in made)
-    by_column = turned(part) if part is not None else Turned(None, None, None, 0, 0)
+        packs = kv_heads * -(-group // sizes["PACK"]) if packs is None else packs
+        own = {
+            **sizes, "grad_query": view(made["query"]), "grad_bias": place, "row_sums": made.get("row_sums"),
+            "tiles": grid.tiles, "packs": packs, "first_batch": first_batch, "first_pack": first_pack,
+        }  # fmt: skip
+        yield Launch(query_kernel, grid.tiles * sizes["pieces"] * packs * sequences, own, warps, stages)
+    grid, sizes, warps, stages = plan("key", "key_sums" in made)
     blocks = -(-call.kv_len // grid.kv_block)
-    own = dict(
-        arguments, grad_key=view(made["key"]), grad_value=view(made["value"]), key_sums=made.get("key_sums"), turned=by_column,
-        pieces=pieces, blocks=blocks,
-    )  # fmt: skip
-    parts = -(-grid.kv_block // arguments["BLOCK_N"])
+    own = {
+        **sizes, "grad_key": view(made["key"]), "grad_value": view(made["value"]), "key_sums": made.get("key_sums"),
+        "blocks": blocks, "turned": Turned(None, None, None, 0, 0) if part is None else turned(part),
+    }  # fmt: skip
+    parts = -(-grid.kv_block // sizes["BLOCK_N"])
     yield Launch(key_kernel, parts * blocks * kv_heads * batch, own, warps, stages)
 
 

@@ -245,9 +245,7 @@ def rows_of(
     group = q_heads // kv_heads
     per_kv = (group + PACK - 1) // PACK
     kv_head = pack // per_kv
-    head, lane, row, there = lanes_of(
-        tile, piece, kv_head, pack % per_kv, group, q_len, chosen, Q_BLOCK, ROWS, PACK
-    )
+    head, lane, row, there = lanes_of(tile, piece, kv_head, pack % per_kv, group, q_len, chosen, Q_BLOCK, ROWS, PACK)
     return batch, kv_head, tile, piece, head, lane, row, there
 
 
@@ -280,7 +278,7 @@ def walk_of(
     Q_BLOCK: tl.constexpr, ROWS: tl.constexpr, KV_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, LISTED: tl.constexpr,
     SECTION: tl.constexpr, EVERYWHERE: tl.constexpr,
 ):  # fmt: skip
-    """What a tile of rows walks over: ``(index, start, low, high, low_first, high_last, a, b, c, d, sound)``.
+    """What a tile of rows walks over: ``(start, low, high, low_first, high_last, a, b, c, d, sound)``.
 
     ``a..d`` are the entries that some row sees, ``b..c`` those that need no mask; where single pairs are hidden, none.
     """
@@ -288,7 +286,6 @@ def walk_of(
     first_row, last_row = ends_of(tile, piece, q_len, chosen, Q_BLOCK, ROWS)
     low_first, high_first = interval(first_row, q_len, kv_len, sight, chosen, CAUSAL, SECTION)
     low_last, high_last = interval(last_row, q_len, kv_len, sight, chosen, CAUSAL, SECTION)
-    index = chosen.block_index
     start = tl.full([], 0, tl.int64)
     walks = first_row <= last_row
     sound = walks | True
@@ -296,8 +293,8 @@ def walk_of(
         chosen_head = tl.where(chosen_heads == q_heads, tl.min(tl.where(row_there, head, q_heads), 0), kv_head)
         chosen_head = tl.where((chosen_heads == 1) | (first_row > last_row), 0, chosen_head)
         start, count = entries_of(chosen, batch, chosen_head, tile)
-        index += start
         blocks = (kv_len + KV_BLOCK - 1) // KV_BLOCK
+        index = chosen.block_index + start
         a, b, c, d, sound = count_blocks(index, count, low_first, low_last, high_first, high_last, blocks, KV_BLOCK, 128)
         walks &= sound
     else:
@@ -309,7 +306,7 @@ def walk_of(
     if EVERYWHERE:
         b = a
         c = a
-    return index, start, low, high, low_first, high_last, a, b, c, d, sound
+    return start, low, high, low_first, high_last, a, b, c, d, sound
 
 
 @triton.jit
