@@ -51,6 +51,8 @@ FRAMEWORKS = {
 # who may import a framework; everything else works on any array
 MAY_IMPORT = (
     "torch.py",
+    "triton.py",
+    "attend/triton",
     "attn_bias.py",
     "transformers",
     "layers",
@@ -68,7 +70,7 @@ MAY_IMPORT = (
 )
 # a lower floor never imports a higher one
 FLOORS = [
-    {"_native", "arrays", "bounds", "checks", "native", "registry"},
+    {"_native", "arrays", "bounds", "checks", "native", "registry", "triton"},
     {"types"},
     {"geometry"},
     {"scores", "patterns"},
