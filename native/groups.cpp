@@ -11,8 +11,8 @@ namespace sieve {
 namespace {
 
 constexpr float LN2 = 0.69314718f, INFINITE = std::numeric_limits<float>::infinity();
-constexpr float HOT = 3.0f;          // natural units below the best bound: groups that say what a row's mass is at least
-constexpr int64_t FEWEST_GROUPS = 16;
+constexpr float HOT = 3.0f;  // natural units below the best centre: groups that say what a row's mass is at least
+constexpr int64_t FEWEST_GROUPS = 16;  // fewer are scored at once
 
 // Whether some row has a number above its level.
 bool any_above(const float* x, const float* level) {
@@ -102,7 +102,10 @@ void GateRows::score_near(const KeyScore& s, const Head& head, const float* step
   k_.score_blocks(groups);
   const float* bound = w.far.get();
   std::fill_n(top, LANE_ROWS, -INFINITE);
-  for (int64_t i = 0; i < (to - from) * LANE_ROWS; ++i) top[i % LANE_ROWS] = std::max(top[i % LANE_ROWS], bound[i]);
+  // a group's mass is at least that of so many keys at its centre, if there is no cap; wide balls say nothing
+  const auto least = [&](int64_t g, int i) { return bound[g * LANE_ROWS + i] - reach[i] * head.group_radius[from + g]; };
+  for (int64_t g = 0; g < to - from; ++g)
+    for (int i = 0; i < LANE_ROWS; ++i) top[i] = std::max(top[i], least(g, i));
   for (int i = 0; i < LANE_ROWS; ++i) level[i] = top[i] - HOT;
 
   std::fill_n(w.estimate.get(), (lanes.last - lanes.first) * LANE_ROWS, -INFINITE);
@@ -133,7 +136,11 @@ void GateRows::score_near(const KeyScore& s, const Head& head, const float* step
   };
   run(lanes.first, from * GROUP);
   run(to * GROUP, lanes.last);
-  for (int64_t g = 0; g < to - from; ++g) w.open[g] = any_above(bound + g * LANE_ROWS, level) ? 1 : 0;
+  for (int64_t g = 0; g < to - from; ++g) {
+    uint8_t hot = 0;
+    for (int i = 0; i < LANE_ROWS; ++i) hot |= least(g, i) > level[i];
+    w.open[g] = hot;
+  }
   runs(1);
   const double share = std::log2(far_share());
   for (int i = 0; i < LANE_ROWS; ++i) level[i] = static_cast<float>((mass[i] + share) * LN2);
