@@ -355,3 +355,12 @@ def test_a_choice_that_reaches_beyond_the_groups_looked_at_is_made_again():
     policy = Policy(KeySketch(4, query_bits=8), TopK(700), query_tile=16, query_stride=4)
     call = Call(q, k, v, scale=32**-0.5, causal=True)
     assert_same_choice(call, policy)
+
+
+def test_what_is_passed_over_changes_no_share():
+    """Some queries hardly point: a fifth of their mass lies far away, and leaving it out would raise their blocks above others'."""
+    q, k, v = _runs_of_like_keys()
+    pull = torch.tensor([0.05, 1.0, 0.06, 0.05]).repeat_interleave(4).repeat(8)
+    for blocks in (24, 40, 56):
+        policy = Policy(KeySketch(8, query_bits=8), TopK(blocks), query_tile=16, query_stride=1)
+        assert_same_choice(Call((q * pull[:, None]).to(q.dtype), k, v, scale=32**-0.5, causal=True), policy)
