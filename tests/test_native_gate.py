@@ -358,7 +358,7 @@ def test_a_choice_that_reaches_beyond_the_groups_looked_at_is_made_again():
 
 
 def test_what_is_passed_over_changes_no_share():
-    """Some queries hardly point: a fifth of their mass lies far away, and leaving it out would raise their blocks above others'."""
+    """A fifth of what some queries look at lies far away: left out, it would raise their blocks above others'."""
     q, k, v = _runs_of_like_keys()
     pull = torch.tensor([0.05, 1.0, 0.06, 0.05]).repeat_interleave(4).repeat(8)
     for blocks in (24, 40, 56):
