@@ -327,7 +327,7 @@ Gated choose_prefill(const View& q, const View& key, std::optional<View> key_mas
 
 // Writes what was kept as compressed rows; each array contiguous.
 void read_gated(const Gated& g, const View& row_ptr, const View& block_index, const View& kept, const View& visible,
-                const View& dense) {
+                const View& dense, const View& computed) {
   int64_t* ptr = static_cast<int64_t*>(row_ptr.data);
   int32_t* index = static_cast<int32_t*>(block_index.data);
   ptr[0] = 0;
@@ -338,6 +338,7 @@ void read_gated(const Gated& g, const View& row_ptr, const View& block_index, co
   std::copy(g.kept.begin(), g.kept.end(), static_cast<int64_t*>(kept.data));
   std::copy(g.visible.begin(), g.visible.end(), static_cast<int64_t*>(visible.data));
   std::copy(g.dense.begin(), g.dense.end(), static_cast<uint8_t*>(dense.data));
+  std::copy(g.computed.begin(), g.computed.end(), static_cast<int64_t*>(computed.data));
 }
 
 }  // namespace

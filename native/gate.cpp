@@ -17,7 +17,10 @@ namespace {
 constexpr int64_t CALIBRATION = 64;
 constexpr int64_t EXPANDED_BYTES = int64_t{1} << 28;  // codes of the heads that are held at a time
 constexpr int64_t FRAME_STEP = 64;                    // tiles whose intervals one thread works out at a time
+constexpr int64_t GROUP_STEP = 64;                    // groups that one thread summarises at a time
 constexpr int64_t EXPAND_STEP = 4096;                 // keys that one thread expands at a time
+constexpr int64_t LONG = 1024, MANY_TILES = 8;        // blocks and tiles from which two levels are tried
+constexpr double WORTH = 0.75;                        // and kept where they score less than so much of the keys
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float LOG2E = 1.44269504088896340736f;
 
@@ -34,6 +37,8 @@ class Gate : GateRows {
  private:
   void choose(int64_t b, int64_t h, int64_t tile, const Head& head, RowSpace& w, Gated& out) const;
   void prepare_proof(int64_t b, int64_t kv, float* errors, int64_t padded, float* norms, Head& head) const;
+  bool settles(int64_t b, int64_t kv, const float* balls, int64_t groups, Head& head, RowSpace& w, Gated& out) const;
+  void largest_of_blocks(const float* errors, int64_t padded, float* norms) const;
   void measure(int64_t b, int64_t kv, int64_t from, int64_t n, const int8_t* codes, const float* step, float* errors, int64_t padded) const;
 
   std::vector<Frame> frames_;  // of the sequence at hand
@@ -92,10 +97,11 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, RowSpace
       }
     if (set.rows) act(set);
   };
-  auto scored_rows = [&](auto&& looked, auto&& act) {
+  const int64_t asked = w.asked, scored = w.scored;
+  auto scored_rows = [&](bool two_levels, auto&& looked, auto&& act) {
     each_set(looked, [&](const RowSet& set) {
       int64_t first, last;
-      const float unit = score(set, head, f, first, last, w);
+      const float unit = score(set, head, f, two_levels, first, last, w);
       if (first < last) act(first, last, unit, set.rows);
     });
   };
@@ -106,24 +112,33 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, RowSpace
     each_set([](int64_t) { return true; }, [&](const RowSet& set) { prove(set, head, f, w); });
   } else if (seen) {
     float* best = w.best.get();
-    std::fill(best + f.from, best + f.to, -INFINITE);
-    scored_rows(
-        [&](int64_t i) {
-          if (t_.stride == 1 || every_query) return true;
-          const int64_t lane = (i + lead_) % t_.query_tile;
-          return lane % t_.stride == t_.stride - 1 || lane == t_.query_tile - 1 || i == q_len_ - 1;
-        },
-        [&](int64_t first, int64_t last, float unit, int rows) {
-          const float* x = w.estimate.get();
-          if (ranks)
-            k_.largest_share(x, last - first, unit, best + first);
-          else if (t_.rule == ABOVE)
-            k_.largest(x, last - first, best + first);
-          else if (t_.rule == NEAR_BEST)
-            k_.mark_above(x, last - first, static_cast<float>(t_.level) * (LOG2E / unit), marks + first);
-          else
-            k_.mark_mass(x, last - first, unit, static_cast<float>(t_.level), rows, marks + first, w.weights.get());
-        });
+    const auto look = [&](bool two_levels) {
+      std::fill(best + f.from, best + f.to, -INFINITE);
+      scored_rows(
+          two_levels,
+          [&](int64_t i) {
+            if (t_.stride == 1 || every_query) return true;
+            const int64_t lane = (i + lead_) % t_.query_tile;
+            return lane % t_.stride == t_.stride - 1 || lane == t_.query_tile - 1 || i == q_len_ - 1;
+          },
+          [&](int64_t first, int64_t last, float unit, int rows) {
+            const float* x = w.estimate.get();
+            if (ranks)
+              k_.largest_share(x, last - first, unit, best + first);
+            else if (t_.rule == ABOVE)
+              k_.largest(x, last - first, best + first);
+            else if (t_.rule == NEAR_BEST)
+              k_.mark_above(x, last - first, static_cast<float>(t_.level) * (LOG2E / unit), marks + first);
+            else
+              k_.mark_mass(x, last - first, unit, static_cast<float>(t_.level), rows, marks + first, w.weights.get());
+          });
+    };
+    look(true);
+    if (ranks && head.group_mean) {
+      // what was passed over has smaller shares than this, so only more than this may be kept
+      const float least = static_cast<float>(std::log2(far_share())) + 1e-3f;
+      if (std::count_if(best + f.from, best + f.to, [&](float x) { return x > least; }) < wanted) look(false);
+    }
     if (t_.rule == ABOVE) {
       const float unit = t_.scoring == BY_KEYS ? 0.693147180559945309417f : 1.0f, level = static_cast<float>(t_.level);
       for (int64_t n = f.from; n < f.to; ++n) marks[n] |= best[n] * unit > level;
@@ -155,7 +170,7 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, RowSpace
       any |= !has;
     }
     if (any)
-      scored_rows([&](int64_t i) { return forgotten[i - f.first] != 0; },
+      scored_rows(false, [&](int64_t i) { return forgotten[i - f.first] != 0; },
                   [&](int64_t first, int64_t last, float, int rows) {
                     for (int i = 0; i < rows; ++i) {
                       int64_t best = first;
@@ -196,16 +211,23 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, RowSpace
     unseen([&](int64_t n) { marks[n] = 0; });
     collect();
   }
+  // of the keys that rows see, on average over the tile
+  const double share = w.asked > asked ? static_cast<double>(w.scored - scored) / static_cast<double>(w.asked - asked) : 1.0;
+  const bool multiplied = t_.scoring == BY_KEYS && !all;
+  out.computed[item] = multiplied ? static_cast<int64_t>(static_cast<double>(every) * std::min(share, 1.0)) : 0;
   out.kept[item] = kept;
   out.visible[item] = every;
   out.dense[item] = dense;
 }
 
-// What brackets of this head read: `errors` holds three arrays of keys, `norms` two of blocks.
+// What brackets of this head read: `errors` holds three arrays of keys, `norms` five of blocks.
 void Gate::prepare_proof(int64_t b, int64_t kv, float* errors, int64_t padded, float* norms, Head& head) const {
   head.error = errors;
   head.metric_error = errors + padded;
-  if (t_.round_queries) head.length = errors + 2 * padded;
+  head.length = errors + 2 * padded;
+  head.worst_error = norms + 2 * blocks_;
+  head.worst_metric = head.worst_error + blocks_;
+  head.worst_length = head.worst_metric + blocks_;
   head.key_norm = row_of<float>(t_.key_norm, b, kv);
   if (!t_.spectral.data) return;
   head.spectral = norms;
@@ -222,15 +244,33 @@ void Gate::measure(int64_t b, int64_t kv, int64_t from, int64_t n, const int8_t*
   float* unused = errors + 2 * padded + from;
   k_.read_steps(row_of<uint16_t>(t_.error, b, kv) + from, n, 1.0f, errors + from, unused);
   k_.read_steps(row_of<uint16_t>(t_.metric_error, b, kv) + from, n, 1.0f, errors + padded + from, unused);
-  if (!t_.round_queries) return;
   for (int64_t j = 0; j < n; ++j, codes += wide_) {
-    int64_t squares = 0;  // of twice the levels
+    int32_t squares = 0;  // of twice the levels
     for (int64_t c = 0; c < d_; ++c) {
-      const int64_t twice = t_.bits == 8 ? 2 * codes[c] + 1 : codes[c];
+      const int32_t twice = t_.bits == 8 ? 2 * codes[c] + 1 : codes[c];
       squares += twice * twice;
     }
     errors[2 * padded + from + j] = static_cast<float>(0.5 * std::sqrt(static_cast<double>(squares)) * step[j] * (1 + 0x1p-12));
   }
+}
+
+void Gate::largest_of_blocks(const float* errors, int64_t padded, float* norms) const {
+  for (int64_t e = 0; e < 3; ++e)
+    for (int64_t n = 0; n < blocks_; ++n) {
+      const float* x = errors + e * padded;
+      norms[(2 + e) * blocks_ + n] = *std::max_element(x + n * t_.block_size, x + std::min(kv_len_, (n + 1) * t_.block_size));
+    }
+}
+
+// Whether groups pay for this head: the last tile and one in the middle are chosen for to see. It takes none of the time of all.
+bool Gate::settles(int64_t b, int64_t kv, const float* balls, int64_t groups, Head& head, RowSpace& w, Gated& out) const {
+  if (!head.settled) return false;
+  head.group_mean = balls;
+  head.group_radius = balls + groups * d_;
+  head.group_addend = balls + groups * (d_ + 1);
+  w.asked = w.scored = 0;
+  for (int64_t tile : {tiles_ - 1, tiles_ / 2}) choose(b, kv * (t_.heads / kv_heads_), tile, head, w, out);
+  return static_cast<double>(w.scored) < WORTH * static_cast<double>(w.asked);
 }
 
 Gated Gate::run() {
@@ -242,6 +282,7 @@ Gated Gate::run() {
   out.list.resize(items);
   out.kept.resize(items);
   out.visible.resize(items);
+  out.computed.resize(items);
   out.dense.resize(items);
 
   const bool by_keys = t_.scoring == BY_KEYS, proves = t_.rule == KEEP_PROVED;
@@ -250,7 +291,11 @@ Gated Gate::run() {
   Buffer<int8_t> codes(by_keys ? at_once * padded * wide_ : 0);
   Buffer<int32_t> origins(by_keys ? at_once * padded : 0);
   Buffer<float> steps(by_keys ? at_once * padded * 2 : 0), addends(t_.scoring == BY_MEANS ? at_once * blocks_ : 0);
-  Buffer<float> errors(proves ? at_once * padded * 3 : 0), norms(proves ? at_once * blocks_ * 2 : 0);
+  Buffer<float> errors(proves ? at_once * padded * 3 : 0), norms(proves ? at_once * blocks_ * 5 : 0);
+  const bool tries_groups = by_keys && t_.key_mask.data == nullptr && blocks_ >= LONG && tiles_ >= MANY_TILES &&
+                            (t_.rule == KEEP_COUNT || t_.rule == KEEP_SHARE || t_.rule == KEEP_MASS);
+  const int64_t groups = (blocks_ + GROUP - 1) / GROUP;
+  Buffer<float> balls(tries_groups ? at_once * groups * (d_ + 2) : 0);
   const int64_t choosers = t_.heads / kv_heads_;  // of one key head
   const int threads = static_cast<int>(std::min<int64_t>(std::max(t_.threads, 1), std::max<int64_t>(items, 1)));
   std::vector<RowSpace> spaces;
@@ -289,7 +334,7 @@ Gated Gate::run() {
         head.shift = head.step + padded;
         head.origin = origins.get() + i * padded;
       }
-      if (proves) prepare_proof(b, kv, errors.get() + i * padded * 3, padded, norms.get() + i * blocks_ * 2, head);
+      if (proves) prepare_proof(b, kv, errors.get() + i * padded * 3, padded, norms.get() + i * blocks_ * 5, head);
       if (t_.scoring == BY_MEANS) {
         float* addend = addends.get() + i * blocks_;
         for (int64_t n = 0; n < blocks_; ++n) addend[n] = std::log(static_cast<float>(count[n]));
@@ -308,6 +353,19 @@ Gated Gate::run() {
                       step + padded + from);
         if (proves) measure(b, kv, from, n, codes.get() + (i * padded + from) * wide_, step + from, errors.get() + i * padded * 3, padded);
       });
+    if (tries_groups) {
+      parallel_for(heads * ((groups + GROUP_STEP - 1) / GROUP_STEP), t_.threads, [&](int64_t item, int) {
+        const int64_t i = item % heads, from = item / heads * GROUP_STEP;
+        float* mean = balls.get() + i * groups * (d_ + 2);
+        group_keys(known[i], from, std::min(groups, from + GROUP_STEP), mean, mean + groups * d_, mean + groups * (d_ + 1));
+      });
+      parallel_for(heads, t_.threads, [&](int64_t i, int thread) {
+        float* mean = balls.get() + i * groups * (d_ + 2);
+        if (settles(b, start + i, mean, groups, known[i], spaces[thread], out)) return;
+        known[i].group_mean = nullptr;
+      });
+    }
+    for (int64_t i = 0; proves && i < heads; ++i) largest_of_blocks(errors.get() + i * padded * 3, padded, norms.get() + i * blocks_ * 5);
     parallel_for(heads * choosers * tiles_, t_.threads, [&](int64_t item, int thread) {
       const int64_t i = item / (choosers * tiles_), rest = item % (choosers * tiles_);
       const int64_t kv = start + i;

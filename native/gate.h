@@ -39,7 +39,7 @@ struct GateTask {
 struct Gated {
   int64_t batch, heads, tiles, entries = 0;
   std::vector<std::vector<int32_t>> list;
-  std::vector<int64_t> kept, visible;
+  std::vector<int64_t> kept, visible, computed;  // keys; computed: whose products were made, on average over a tile's queries
   std::vector<uint8_t> dense;
 };
 

@@ -25,7 +25,13 @@ RowSpace::RowSpace(const GateTask& t, int64_t blocks, int32_t wide) {
   if (by_keys) other = Buffer<float>(table);
   if (t.rule == KEEP_MASS) weights = Buffer<float>(blocks * (LANE_ROWS + 1));
   const Kernels& k = kernels();
-  if (by_keys) scratch = Buffer<float>(std::max(k.key_score_scratch(t.block_size, wide), proves ? k.bracket_scratch(t.block_size, wide) : 0));
+  const int64_t least = proves ? k.bracket_scratch(t.block_size, wide) : 0;
+  if (by_keys) scratch = Buffer<float>(std::max(k.key_score_scratch(t.block_size, wide), least));
+  if (by_keys) exact = Buffer<float>(wide * LANE_ROWS);
+  if (by_keys && !proves) {
+    far = Buffer<float>((blocks / GROUP + 1) * LANE_ROWS);
+    open.resize(blocks / GROUP + 1);
+  }
   if (!proves) return;
   for (Buffer<float>* x : {&upper, &lower, &dropped, &kept}) *x = Buffer<float>(table);
   priority = Buffer<int32_t>(table);
@@ -120,7 +126,21 @@ void GateRows::score_keys_themselves(const RowSet& set, const Lanes& lanes, RowS
   k_.score_keys(s);
 }
 
-float GateRows::score(const RowSet& set, const Head& head, const Frame& f, int64_t& first, int64_t& last, RowSpace& w) const {
+// Products must fit the bits above which they are accumulated.
+bool GateRows::integers_fit() const {
+  const int64_t largest = t_.bits == 8 ? 128 : (int64_t{1} << t_.bits) - 1;
+  return k_.integer_tiles && largest * 127 * d_ < (int64_t{1} << 22);
+}
+
+void GateRows::halve(const int8_t* codes, float* half) const {
+  int32_t sum[LANE_ROWS] = {};
+  for (int64_t c = 0; c < wide_; c += 4)
+    for (int i = 0; i < LANE_ROWS; ++i, codes += 4) sum[i] += codes[0] + codes[1] + codes[2] + codes[3];
+  for (int i = 0; i < LANE_ROWS; ++i) half[i] = 0.5f * static_cast<float>(sum[i]);
+}
+
+float GateRows::score(const RowSet& set, const Head& head, const Frame& f, bool two_levels, int64_t& first, int64_t& last,
+                      RowSpace& w) const {
   const Lanes lanes = look(set, f);
   first = lanes.first;
   last = lanes.last;
@@ -151,15 +171,23 @@ float GateRows::score(const RowSet& set, const Head& head, const Frame& f, int64
   if (!all_early) {
     float factor[LANE_ROWS];
     const float* a = reinterpret_cast<const float*>(at(t_.channel_scale, 0, set.b, set.kv, 0));
-    // products must fit the bits above which they are accumulated
-    const bool fits = t_.bits < 8 && ((int64_t{1} << t_.bits) - 1) * 127 * d_ < (int64_t{1} << 22);
-    const bool integers = t_.round_queries && k_.integer_tiles && fits;
-    k_.prepare_lanes(t_.q, set.b, set.head, set.query, set.rows, a, t_.round_queries, d, wide, integers ? nullptr : w.q.get(),
+    const bool integers = t_.round_queries && integers_fit(), grouped = two_levels && head.group_mean && !some_early;
+    float step[LANE_ROWS];
+    k_.prepare_lanes(t_.q, set.b, set.head, set.query, set.rows, a, t_.round_queries, d, wide,
+                     integers && !grouped ? nullptr : w.q.get(),
                      integers ? w.q_codes.get() : nullptr, factor, nullptr);
-    for (float& x : factor) x *= t_.scale * (0.5f * LOG2E);  // codes are twice the levels
+    std::copy_n(factor, LANE_ROWS, step);
+    // codes are twice the levels, but where eight bits are multiplied as integers
+    for (float& x : factor) x *= t_.scale * ((integers && t_.bits == 8 ? 1.0f : 0.5f) * LOG2E);
+    float half[LANE_ROWS];
     KeyScore s = keys_of(set, head, lanes, factor, w);
     s.q_codes = integers ? w.q_codes.get() : nullptr;
-    k_.score_keys(s);
+    s.half = half;
+    if (integers && t_.bits == 8) halve(w.q_codes.get(), half);
+    if (grouped)
+      score_near(s, head, step, w);
+    else
+      k_.score_keys(s);
   }
   if (some_early) {
     plain_queries(set, w, nullptr);

@@ -157,7 +157,8 @@ struct KeyScore {
   int32_t d, wide;         // wide: d up to a multiple of 64
   const int8_t* q_codes;   // [wide / 4][16][4], or null where queries are not rounded
   const float* q;          // [wide][16]
-  const float* factor;     // [16] to base-2 logits
+  const float* half;       // [16] half the sum of a row's integers, with q_codes and eight bits
+  const float* factor;     // [16] to base-2 logits (with q_codes and eight bits, of products with code + 1/2)
   float softcap;           // natural logits; 0: none
   float* out;              // [last - first][16] base-2 logarithms
   float* scratch;          // key_score_scratch floats
@@ -190,7 +191,6 @@ struct Proof {
   float base[LANE_ROWS];
   float room[LANE_ROWS];                  // what may be dropped for one unit of what is kept
   float sink[LANE_ROWS];                  // kept mass that is no key's
-  float far[LANE_ROWS];                   // dropped mass of blocks that are not in the tables
 };
 
 // Estimates of blocks from their means: scale * q.mean (+ reach * radius), capped, (+ addend). Natural logarithms.
@@ -297,7 +297,7 @@ struct Kernels {
   // gate
   bool integer_tiles;  // whether rounded queries of the sketch go by integer dot products (AMX, VNNI)
   void (*expand_codes)(const uint8_t* planes, int64_t plane_stride, int32_t sketch_bits, int32_t bits, int64_t keys, int32_t d,
-                       int32_t wide, int8_t* out, int32_t* origin);
+                       int32_t wide, int8_t* out, int32_t* origin);  // origin: of KeyScore
   void (*read_steps)(const uint16_t* scale, int64_t keys, float by, float* step, float* shift);
   // Query rows [16] as lanes: times `stretch` where given, rounded to integers of at most 127 where asked. `panel` [wide][16] or
   // null, `codes` [wide / 4][16][4] or null; `step` what one integer stands for (1 if not rounded), NaN where a row is not
@@ -319,6 +319,8 @@ struct Kernels {
   // proofs
   void (*bracket_keys)(const KeyProof& p);
   int64_t (*bracket_scratch)(int64_t block_size, int32_t wide);
+  // upper and lower about the estimates in keys.out; error, metric_error and length are the largest of each block
+  void (*widen)(const KeyProof& p);
   void (*weigh)(Proof& p);  // tables and base, with what brackets alone say is kept
   // what blocks first..last-1 hold at least, from estimates [last - first][16] made of the keys themselves
   void (*weigh_kept)(const Proof& p, const float* exact, int64_t first, int64_t last);

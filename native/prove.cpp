@@ -11,42 +11,39 @@ namespace sieve {
 namespace {
 
 constexpr double LOG2E = 1.4426950408889634, UNIT = 0x1p-24;
+constexpr double GLANCE = 8;  // blocks that a proof of an eighth of the error drops need no close look: no more of it can be lost
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 float outward(double x) { return static_cast<float>(x * (1 + 1e-6)); }
 
+// Runs of blocks that are marked, as first..last-1.
+template <class Act>
+void each_run(const std::vector<uint8_t>& marks, int64_t blocks, Act act) {
+  for (int64_t n = 0; n < blocks;) {
+    int64_t end = n;
+    while (end < blocks && marks[end]) ++end;
+    if (end > n) act(n, end);
+    n = std::max(end, n + 1);
+  }
+}
+
 }  // namespace
 
-// `plain`: [16] scale * ||q||. Fills upper, lower and estimate.
-void GateRows::bracket(const RowSet& set, const Head& head, const Lanes& lanes, const float* plain, RowSpace& w) const {
+// `plain`: [16] scale * ||q||. Fills upper, lower and estimate. With `glance`, rounded queries meet the codes as integers first,
+// and only blocks that matter are looked at closely: the others keep the bracket of their largest errors.
+void GateRows::bracket(const RowSet& set, const Head& head, const Frame& f, const Lanes& lanes, const float* plain, bool glance,
+                       RowSpace& w) const {
   const int32_t d = static_cast<int32_t>(d_), wide = static_cast<int32_t>(wide_);
+  const int64_t entries = d_ * LANE_ROWS, blocks = lanes.last - lanes.first;
   const float* a = reinterpret_cast<const float*>(at(t_.channel_scale, 0, set.b, set.kv, 0));
-  float factor[LANE_ROWS], stretched[LANE_ROWS], rest[LANE_ROWS] = {};
-  k_.prepare_lanes(t_.q, set.b, set.head, set.query, set.rows, a, false, d, wide, w.q.get(), nullptr, factor, nullptr);
-  std::vector<float> exact;
+  float factor[LANE_ROWS], step[LANE_ROWS], half[LANE_ROWS], stretched[LANE_ROWS], rest[LANE_ROWS] = {};
+  float* q = w.q.get();
+  k_.prepare_lanes(t_.q, set.b, set.head, set.query, set.rows, a, false, d, wide, q, nullptr, factor, nullptr);
   double squares[LANE_ROWS] = {};
-  for (int64_t c = 0; c < d_; ++c)
-    for (int i = 0; i < LANE_ROWS; ++i) squares[i] += static_cast<double>(w.q[c * LANE_ROWS + i]) * w.q[c * LANE_ROWS + i];
+  for (int64_t c = 0; c < entries; ++c) squares[c % LANE_ROWS] += static_cast<double>(q[c]) * q[c];
   for (int i = 0; i < LANE_ROWS; ++i) stretched[i] = outward(t_.scale * std::sqrt(squares[i]) * (1 + 0x1p-16));
-  if (t_.round_queries) {
-    exact.assign(w.q.get(), w.q.get() + d_ * LANE_ROWS);
-    k_.prepare_lanes(t_.q, set.b, set.head, set.query, set.rows, a, true, d, wide, w.q.get(), nullptr, factor, nullptr);
-    std::fill_n(squares, LANE_ROWS, 0.0);
-    for (int64_t c = 0; c < d_; ++c)
-      for (int i = 0; i < LANE_ROWS; ++i) {
-        const double apart = exact[c * LANE_ROWS + i] - static_cast<double>(w.q[c * LANE_ROWS + i]) * factor[i];
-        squares[i] += apart * apart;
-      }
-    for (int i = 0; i < LANE_ROWS; ++i) rest[i] = outward(t_.scale * std::sqrt(squares[i]) * (1 + 0x1p-12));
-  }
-  for (float& x : factor) x *= t_.scale * static_cast<float>(0.5 * LOG2E);  // codes are twice the levels
   KeyProof p{};
-  p.keys = keys_of(set, head, lanes, factor, w);
-  p.error = head.error;
-  p.metric_error = head.metric_error;
-  p.length = head.length;
-  p.spectral = head.spectral;
-  p.metric_spectral = head.metric_spectral;
+  p.keys = keys_of(set, head, lanes, step, w);
   p.key_norm = head.key_norm;
   p.plain = plain;
   p.stretched = stretched;
@@ -54,45 +51,75 @@ void GateRows::bracket(const RowSet& set, const Head& head, const Lanes& lanes, 
   p.rounding = static_cast<float>(static_cast<double>(d_ + t_.block_size + 16) * UNIT);
   p.upper = w.upper.get();
   p.lower = w.lower.get();
-  k_.bracket_keys(p);
+  if (glance || t_.round_queries) {
+    std::copy_n(q, entries, w.exact.get());
+    k_.prepare_lanes(t_.q, set.b, set.head, set.query, set.rows, a, true, d, wide, q, w.q_codes.get(), step, nullptr);
+    std::fill_n(squares, LANE_ROWS, 0.0);
+    for (int64_t c = 0; c < entries; ++c) {
+      const double apart = w.exact[c] - static_cast<double>(q[c]) * step[c % LANE_ROWS];
+      squares[c % LANE_ROWS] += apart * apart;
+    }
+    for (int i = 0; i < LANE_ROWS; ++i) rest[i] = outward(t_.scale * std::sqrt(squares[i]) * (1 + 0x1p-12));
+  }
+  std::fill_n(w.reached.begin(), blocks, uint8_t{1});
+  if (glance) {
+    halve(w.q_codes.get(), half);
+    if (t_.round_queries) std::copy_n(step, LANE_ROWS, factor);
+    for (float& x : step) x *= t_.scale * static_cast<float>((t_.bits == 8 ? 1.0 : 0.5) * LOG2E);
+    p.keys.q_codes = w.q_codes.get();
+    p.keys.half = half;
+    p.error = head.worst_error;
+    p.metric_error = head.worst_metric;
+    p.length = head.worst_length;
+    k_.score_keys(p.keys);
+    k_.widen(p);
+    const Proof first = start(set, head, f, lanes, plain, t_.level / GLANCE, w);
+    std::fill_n(w.reached.begin(), blocks, uint8_t{0});
+    k_.stop_streams(first, set.rows, false, w.reached.data(), w.list.get());
+    if (!t_.round_queries) {
+      std::copy_n(w.exact.get(), entries, q);
+      std::fill_n(rest, LANE_ROWS, 0.0f);
+    }
+  } else if (t_.round_queries) {
+    std::copy_n(step, LANE_ROWS, factor);
+  }
+  for (float& x : factor) x *= t_.scale * static_cast<float>(0.5 * LOG2E);  // codes are twice the levels
+  p.keys.q_codes = nullptr;
+  p.keys.factor = factor;
+  p.error = head.error;
+  p.metric_error = head.metric_error;
+  p.length = t_.round_queries ? head.length : nullptr;
+  p.spectral = head.spectral;
+  p.metric_spectral = head.metric_spectral;
+  each_run(w.reached, blocks, [&](int64_t from, int64_t to) {
+    KeyProof run = p;
+    run.keys.lanes.first = lanes.first + from;
+    run.keys.lanes.last = lanes.first + to;
+    run.keys.out += from * LANE_ROWS;
+    run.upper += from * LANE_ROWS;
+    run.lower += from * LANE_ROWS;
+    k_.bracket_keys(run);
+  });
 }
 
 // What the reached blocks hold, from their keys. A row of which nothing can be known gets no room: it keeps everything.
 void GateRows::count_exactly(const RowSet& set, const Lanes& lanes, const Proof& proof, float* room, RowSpace& w) const {
   plain_queries(set, w, nullptr);
-  const int64_t blocks = lanes.last - lanes.first;
-  for (int64_t n = 0; n < blocks;) {
-    if (!w.reached[n]) {
-      ++n;
-      continue;
-    }
-    int64_t end = n;
-    while (end < blocks && w.reached[end]) ++end;
+  each_run(w.reached, lanes.last - lanes.first, [&](int64_t from, int64_t to) {
     Lanes run = lanes;
-    run.first = lanes.first + n;
-    run.last = lanes.first + end;
+    run.first = lanes.first + from;
+    run.last = lanes.first + to;
     score_keys_themselves(set, run, w, w.other.get());
-    for (int64_t i = 0; i < (end - n) * LANE_ROWS; ++i)
+    for (int64_t i = 0; i < (to - from) * LANE_ROWS; ++i)
       if (w.other[i] == LOWEST || w.other[i] == INFINITE) room[i % LANE_ROWS] = -1.0f;
-    k_.weigh_kept(proof, w.other.get(), n, end);
-    n = end;
-  }
+    k_.weigh_kept(proof, w.other.get(), from, to);
+  });
 }
 
-void GateRows::prove(const RowSet& set, const Head& head, const Frame& f, RowSpace& w) const {
-  const Lanes lanes = look(set, f);
+// The streams of a promise of at most `error`, from brackets and estimates.
+Proof GateRows::start(const RowSet& set, const Head& head, const Frame& f, const Lanes& lanes, const float* plain, double error,
+                      RowSpace& w) const {
   const int64_t first = lanes.first, last = lanes.last, blocks = last - first;
-  if (blocks == 0) return;
-  float plain[LANE_ROWS];
-  plain_queries(set, w, plain);
-  for (float& x : plain) x = outward(static_cast<double>(t_.scale) * x * (1 + static_cast<double>(d_) * 0x1p-22));
-  bool is_early[LANE_ROWS], some_early, all_early;
-  early_rows(set, head, is_early, some_early, all_early);
-  if (some_early) score_keys_themselves(set, lanes, w, w.other.get());
-  bracket(set, head, lanes, plain, w);
-  for (int i = 0; i < LANE_ROWS && some_early; ++i)
-    for (int64_t n = 0; n < blocks && is_early[i]; ++n) w.estimate[n * LANE_ROWS + i] = w.other[n * LANE_ROWS + i];
-
   std::fill_n(w.first.begin(), blocks, uint8_t{0});
   const auto comes_first = [&](int64_t n) {
     if (n >= first && n < last) w.first[n - first] = 1;
@@ -103,7 +130,7 @@ void GateRows::prove(const RowSet& set, const Head& head, const Frame& f, RowSpa
   for (int64_t n = first; n < last; ++n) longest = std::max(longest, head.key_norm[n]);
 
   // a hair below the target, so that the certificate computed afterwards in another order meets it too
-  const double target = t_.level * (1 - 0x1p-10);
+  const double target = error * (1 - 0x1p-10);
   Proof p{};
   p.blocks = blocks;
   p.upper = w.upper.get();
@@ -129,10 +156,27 @@ void GateRows::prove(const RowSet& set, const Head& head, const Frame& f, RowSpa
       if (!(x < INFINITE)) p.room[i] = -1.0f;
     }
   }
+  return p;
+}
+
+void GateRows::prove(const RowSet& set, const Head& head, const Frame& f, RowSpace& w) const {
+  const Lanes lanes = look(set, f);
+  const int64_t blocks = lanes.last - lanes.first;
+  if (blocks == 0) return;
+  float plain[LANE_ROWS];
+  plain_queries(set, w, plain);
+  for (float& x : plain) x = outward(static_cast<double>(t_.scale) * x * (1 + static_cast<double>(d_) * 0x1p-22));
+  bool is_early[LANE_ROWS], some_early, all_early;
+  early_rows(set, head, is_early, some_early, all_early);
+  if (some_early) score_keys_themselves(set, lanes, w, w.other.get());
+  bracket(set, head, f, lanes, plain, !some_early && integers_fit(), w);
+  for (int i = 0; i < LANE_ROWS && some_early; ++i)
+    for (int64_t n = 0; n < blocks && is_early[i]; ++n) w.estimate[n * LANE_ROWS + i] = w.other[n * LANE_ROWS + i];
+  Proof p = start(set, head, f, lanes, plain, t_.level, w);
   std::fill_n(w.reached.begin(), blocks, uint8_t{0});
   k_.stop_streams(p, set.rows, false, w.reached.data(), w.list.get());
   count_exactly(set, lanes, p, p.room, w);
-  k_.stop_streams(p, set.rows, true, w.marks.data() + first, w.list.get());
+  k_.stop_streams(p, set.rows, true, w.marks.data() + lanes.first, w.list.get());
 }
 
 }  // namespace sieve

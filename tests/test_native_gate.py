@@ -307,3 +307,60 @@ def test_a_streamed_geometry_serves():
         for stop in (100, 117, 300):
             geometry = stream.update(k[:, :, :stop])
         assert_same_choice(Call(q, k, v, causal=True, scale=0.125), policy, geometry)
+
+
+def _runs_of_like_keys(queries=128, kv_len=17_000, dim=32, dtype=torch.bfloat16):
+    """Long runs of nearly equal keys, and queries that point hard at one of them: what lies elsewhere weighs nothing."""
+    torch.manual_seed(4)
+    centres = torch.nn.functional.normalize(torch.randn(24, dim), dim=-1)
+    keys = centres[torch.randint(24, (kv_len // 512 + 1,))].repeat_interleave(512, 0)[:kv_len]
+    k = (10 * keys + 0.05 * torch.randn(kv_len, dim))[None, None]
+    k[:, :, :64] = 2 * torch.randn(64, dim)  # keys of every kind fix the channel scale
+    q = (60 * centres[torch.randint(24, (2, queries // 16))].repeat_interleave(16, 1) + 0.1 * torch.randn(2, queries, dim))[None]
+    return q.to(dtype), k.to(dtype), k.to(dtype)
+
+
+GROUPED = (
+    Policy(KeySketch(4, query_bits=8), TopK(20), query_tile=16, query_stride=4),
+    Policy(KeySketch(4), TargetSparsity(0.995), query_tile=16),
+    Policy(KeySketch(8, query_bits=8), Mass(0.9), Sinks(20), query_tile=16),
+)
+
+
+@pytest.mark.parametrize("policy", GROUPED, ids=repr)
+@pytest.mark.parametrize("options", [{"causal": True}, {}, {"causal": True, "softcap": 30.0}, {"window": 16_500}], ids=str)
+def test_two_levels_choose_what_one_level_chooses(policy, options):
+    q, k, v = _runs_of_like_keys()
+    assert_same_choice(Call(q, k, v, scale=32**-0.5, **options), policy)
+
+
+def test_groups_of_blocks_are_passed_over_where_they_weigh_nothing():
+    q, k, v = _runs_of_like_keys()
+    for policy in GROUPED:
+        _, report = attention(q, k, v, policy, causal=True, return_report=True)
+        assert report.computed.shape == report.visible.shape
+        assert report.computed.sum() < 0.7 * report.visible.sum(), policy
+
+
+def test_one_level_remains_where_everything_weighs_something():
+    q, k, v = gaussian(2, Shape(1, 2, 1, 128, 17_000, 32, 8), torch.bfloat16)
+    for policy in GROUPED:
+        _, report = attention(q, k, v, policy, causal=True, return_report=True)
+        assert torch.equal(report.computed, report.visible)
+
+
+def test_a_choice_that_reaches_beyond_the_groups_looked_at_is_made_again():
+    """More blocks are asked for than have any weight: the rest is ranked by shares that are next to nothing."""
+    q, k, v = _runs_of_like_keys()
+    policy = Policy(KeySketch(4, query_bits=8), TopK(700), query_tile=16, query_stride=4)
+    call = Call(q, k, v, scale=32**-0.5, causal=True)
+    assert_same_choice(call, policy)
+
+
+def test_what_is_passed_over_changes_no_share():
+    """A fifth of what some queries look at lies far away: left out, it would raise their blocks above others'."""
+    q, k, v = _runs_of_like_keys()
+    pull = torch.tensor([0.05, 1.0, 0.06, 0.05]).repeat_interleave(4).repeat(8)
+    for blocks in (24, 40, 56):
+        policy = Policy(KeySketch(8, query_bits=8), TopK(blocks), query_tile=16, query_stride=1)
+        assert_same_choice(Call((q * pull[:, None]).to(q.dtype), k, v, scale=32**-0.5, causal=True), policy)

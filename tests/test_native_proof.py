@@ -70,12 +70,13 @@ def tiles_of(call, geometry, policy):
 
 
 def assert_proved(call, policy, geometry):
-    """What the kernels keep lies between a slightly laxer and a slightly stricter promise, and the promise holds."""
+    """The promise holds, and what is kept lies between those of a slightly laxer one and of one stricter by what glances lose."""
     assert gate.why_not(call, geometry, policy, False) == ()
     found, (kept, visible), _ = gate.select(call, geometry, policy)
     error, mine = policy.selector.error, found.blocks.to_tiles()
+    stricter = error * (7 / 8 if native.level() in ("vnni", "amx") else 1) * 0.996
     fewer = tiles_of(call, geometry, replace(policy, selector=Strict(min(0.999, error * 1.004))))
-    more = tiles_of(call, geometry, replace(policy, selector=Slack(error * 0.996)))
+    more = tiles_of(call, geometry, replace(policy, selector=Slack(stricter)))
     assert not (fewer & ~mine).any()
     assert not (mine & ~more).any()
     assert (kept <= visible).all()
@@ -144,7 +145,7 @@ def test_certificates_agree(make, error):
         assert proof.dropped_mass.max() <= error
         assert_promise(call, found, error)
         reference = pipeline.select(call, geometry, policy, backend="reference")[1][0]
-        assert kept.sum() <= 1.01 * reference.sum() + 64
+        assert kept.sum() <= 1.05 * reference.sum() + 64
         assert kept.sum() < visible.sum()
 
 

@@ -78,6 +78,7 @@ void mark_mass(const float* estimate, int64_t blocks, float unit, float mass, in
 void mark_largest(float* x, int64_t n, int64_t k, uint8_t* marks);
 void bracket_keys(const KeyProof& p);
 int64_t bracket_scratch(int64_t block_size, int32_t wide);
+void widen(const KeyProof& p);
 void weigh(Proof& p);
 void weigh_kept(const Proof& p, const float* exact, int64_t first, int64_t last);
 void stop_streams(const Proof& p, int32_t lanes, bool ties, uint8_t* marks, int32_t* list);

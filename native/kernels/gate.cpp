@@ -168,7 +168,7 @@ int64_t key_score_scratch(int64_t block_size, int32_t wide) {
 // One block with its masks and its cap: by `reference` [16] where that serves, else by the block's own maximum. Equal keys give
 // equal bits on every path, since both references are integers. `dots` [n][16]: products as floats (Tiles: as integers above
 // MAGIC). Returns the lanes, as bits, that `reference` did not serve.
-template <bool Tiles>
+template <bool Tiles, bool Eight>
 static uint32_t careful(const KeyScore& s, int64_t base, int n, const float* dots, const float* reference, float* logits, float* out) {
   const Lanes& l = s.lanes;
   const float infinity = __builtin_inff();
@@ -192,7 +192,7 @@ static uint32_t careful(const KeyScore& s, int64_t base, int n, const float* dot
       const vi in = (splat_int(j) >= from) & (splat_int(j) < to);
       vf x = load(dots + j * LANE_ROWS + v * LANES);
       if (Tiles)
-        x = x * s.step[base + j] + s.shift[base + j];
+        x = x * s.step[base + j] + s.shift[base + j] + (Eight ? load(s.half + v * LANES) * s.step[base + j] : vf{});
       else if (s.step)
         x = x * s.step[base + j];
       seen |= in;
@@ -292,7 +292,7 @@ static inline void tile_dots(const int8_t* codes, int64_t wide, int steps, const
 }
 #endif
 
-template <bool Tiles>
+template <bool Tiles, bool Eight>
 static void score_keys_by(const KeyScore& s) {
   const Lanes& l = s.lanes;
   const int64_t size = l.block_size;
@@ -373,10 +373,12 @@ static void score_keys_by(const KeyScore& s) {
 #pragma GCC unroll 4
         for (int v = 0; v < PANEL_VECS; ++v) {
           const vf factor = load(s.factor + v * LANES), reference = load(base_of + v * LANES);
+          const vf half = Eight ? load(s.half + v * LANES) : vf{};
           auto one = [&](int j) {
             const vf x = load(at_dots + j * LANE_ROWS + v * LANES);
             // the product with a half has at most 24 bits, so one fused operation removes MAGIC exactly
-            const vf y = Tiles ? x * step[j] + shift[j] : x * step[j];
+            vf y = Tiles ? x * step[j] + shift[j] : x * step[j];
+            if (Eight) y += half * step[j];
             return weight(y * factor - reference);
           };
           vf total = vf{}, other = vf{};
@@ -394,7 +396,7 @@ static void score_keys_by(const KeyScore& s) {
       }
       finish(b);
       // a row whose numbers are out of reach gets a reference of its own, once
-      uint32_t unserved = careful<Tiles>(s, base, n, at_dots, base_of, logits, out) & ~based;
+      uint32_t unserved = careful<Tiles, Eight>(s, base, n, at_dots, base_of, logits, out) & ~based;
       for (; unserved; unserved &= unserved - 1) {
         const int i = __builtin_ctz(unserved);
         if (!(out[i] > LOWEST && out[i] < -LOWEST)) continue;
@@ -412,9 +414,9 @@ static void score_keys_by(const KeyScore& s) {
 
 void score_keys(const KeyScore& s) {
 #if defined(__AMX_INT8__) || defined(__AVX512VNNI__)
-  if (s.q_codes && s.codes && !s.eight_bits) return score_keys_by<true>(s);
+  if (s.q_codes && s.codes) return s.eight_bits ? score_keys_by<true, true>(s) : score_keys_by<true, false>(s);
 #endif
-  score_keys_by<false>(s);
+  score_keys_by<false, false>(s);
 }
 
 // Scores of block means -----------------------------------------------------------------------------------------------

@@ -168,6 +168,26 @@ void bracket_keys(const KeyProof& p) {
   }
 }
 
+void widen(const KeyProof& p) {
+  const Lanes& l = p.keys.lanes;
+  const float infinity = __builtin_inff(), unit = LOG2E * OUTWARD;
+  const float sums = (float)(l.block_size + 16) * 0x1p-24f + WEIGHTS + p.keys.softcap * 0x1p-20f;
+  for (int v = 0; v < PANEL_VECS; ++v) {
+    const int at = v * LANES;
+    const vf plain = load(p.plain + at), stretched = load(p.stretched + at), rest = load(p.rest + at);
+    for (int64_t b = l.first; b < l.last; ++b) {
+      const int64_t i = (b - l.first) * LANE_ROWS + at;
+      const vf x = load(p.keys.out + i), size = (vf)((vi)x & splat_int(0x7fffffff));
+      const vi seen = x > splat(-infinity), number = (x > splat(LOWEST)) & (x < splat(infinity));
+      const vf error = min_(plain * p.error[b], stretched * p.metric_error[b]) + rest * p.length[b];
+      const vf apart = (error + plain * (p.rounding * (p.key_norm[b] + p.error[b])) + sums) * unit + (1.0f + size) * 0x1p-20f;
+      const vi known = number & (apart < splat(infinity));
+      store(p.upper + i, select(known, x + apart, select(seen, splat(infinity), splat(-infinity))));
+      store(p.lower + i, select(known, x - apart, splat(-infinity)));
+    }
+  }
+}
+
 // Streams of blocks ---------------------------------------------------------------------------------------------------
 
 constexpr int32_t LAST = 0x7f7fffff;  // the largest finite priority, as bits; whatever comes first is above it
@@ -237,7 +257,7 @@ static inline void split_at(const Proof& p, int at, vi level, vf& rest, vf& kept
 void stop_streams(const Proof& p, int32_t lanes, bool ties, uint8_t* marks, int32_t* list) {
   for (int v = 0; v < PANEL_VECS && v * LANES < lanes; ++v) {
     const int at = v * LANES;
-    const vf room = load(p.room + at), before = load(p.sink + at), far = load(p.far + at);
+    const vf room = load(p.room + at), before = load(p.sink + at);
     vf rest, kept;
     vi low = splat_int(-1), high = low;
     for (int64_t b = 0; b < p.blocks; ++b) {
@@ -248,7 +268,7 @@ void stop_streams(const Proof& p, int32_t lanes, bool ties, uint8_t* marks, int3
     while (any_lane(low < high)) {
       const vi mid = low + ((high - low) >> 1) + ((high - low) & 1);
       split_at(p, at, mid, rest, kept);
-      const vi proved = rest + far <= room * (kept + before);
+      const vi proved = rest <= room * (kept + before);
       low = choose(proved, mid, low);
       high = choose(proved, high, mid - 1);
     }
@@ -264,7 +284,7 @@ void stop_streams(const Proof& p, int32_t lanes, bool ties, uint8_t* marks, int3
     split_at(p, at, level, rest, kept);
     for (int i = 0; i < LANES && at + i < lanes; ++i) {
       if (level[i] == low[i]) continue;
-      double left = far[i], have = kept[i] + before[i];
+      double left = 0, have = kept[i] + before[i];
       for (int64_t n = at + i; n < p.blocks * LANE_ROWS; n += LANE_ROWS) left += p.priority[n] <= level[i] ? p.dropped[n] : 0.0f;
       bool none = true;
       for (int64_t n = at + i; n < p.blocks * LANE_ROWS; n += LANE_ROWS) none &= p.priority[n] <= level[i];

@@ -21,7 +21,7 @@ const Kernels table = {
     channel_scale, summarise, key_run_scratch,
     integer_tiles(), expand_codes, read_steps, prepare_lanes, score_keys, key_score_scratch, score_blocks,
     largest_share, largest, mark_above, mark_mass, mark_largest,
-    bracket_keys, bracket_scratch, weigh, weigh_kept, stop_streams,
+    bracket_keys, bracket_scratch, widen, weigh, weigh_kept, stop_streams,
     attend_offsets, gradient_offsets,
 };
 // clang-format on

@@ -128,7 +128,8 @@ def attention(
         results.append(Report(
             policy=repr(policy), backend=name, why_backend=why, bound=repr(policy.certifier), kept=kept, visible=visible,
             requested_sparsity=None if policy.selector is None else policy.selector.requested_sparsity,
-            selected_by=selected_by, fallbacks=fallbacks, seconds=seconds, geometry_from=geometry_from, selection=selection,
+            selected_by=selected_by, computed=call.shared.get(gate.COMPUTED), fallbacks=fallbacks, seconds=seconds,
+            geometry_from=geometry_from, selection=selection,
             certify=lambda: certificate(call, selection, policy, output, lse, geometry, field, name),
         ))  # fmt: skip
     return results[0] if len(results) == 1 else tuple(results)
