@@ -61,7 +61,9 @@ const std::vector<Level>& all() {
 #ifdef SIEVE_HAS_vnni
     list.push_back({"vnni", &vnni::table, dots});
 #endif
-#ifdef SIEVE_HAS_amx
+#if defined(SIEVE_EMULATE_AMX)
+    list.push_back({"amx", &amx::table, dots});
+#elif defined(SIEVE_HAS_amx)
     const bool parts = dots && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
                        __builtin_cpu_supports("amx-int8");
     list.push_back({"amx", &amx::table, parts && amx_allowed()});
