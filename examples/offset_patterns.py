@@ -4,7 +4,7 @@ Most patterns keep about the same share of the causal pairs (windows and random 
 parameters, batches and steps, from several seeds; dense attention is beside them. Prints held-out losses along the way, samples
 with cached steps, times attention alone, and writes offset_patterns.json and offset_patterns.png (with matplotlib) to --out.
 
-    python examples/offset_patterns.py                                # about half an hour of one core
+    python examples/offset_patterns.py                                # a quarter of an hour of one core; --seeds 1 is a third
     python examples/offset_patterns.py --steps 3 --length 64 --width 32 --seeds 1 --timed 256 --out /tmp
 """
 
