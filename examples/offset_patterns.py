@@ -4,7 +4,7 @@ Most patterns keep about the same share of the causal pairs (windows and random 
 parameters, batches and steps, from several seeds; dense attention is beside them. Prints held-out losses along the way, samples
 with cached steps, times attention alone, and writes offset_patterns.json and offset_patterns.png (with matplotlib) to --out.
 
-    python examples/offset_patterns.py                                # about half an hour of one core
+    python examples/offset_patterns.py                                # a quarter of an hour of one core; --seeds 1 is a third
     python examples/offset_patterns.py --steps 3 --length 64 --width 32 --seeds 1 --timed 256 --out /tmp
 """
 
@@ -107,31 +107,36 @@ def batch(data: Tensor, size: int, length: int, source: torch.Generator) -> tupl
 
 
 def candidates(length: int) -> dict[str, patterns.Pattern | None]:
-    """Patterns of about the density that the primes have; squares and Mian-Chowla as they are, and widened to it."""
+    """Patterns of about the density that the primes have; squares and Mian-Chowla as they are, and widened to it; and a window
+    of the density that squares have as they are."""
     ends = patterns.Window(WINDOW + 1) | patterns.GlobalTokens(GLOBAL_TOKENS)
     primes = patterns.Primes() | ends
     target = primes.density(length)
 
-    def widened(make, largest):
-        """The smallest ``make(n)`` of at least the target's density, or the one before it if that is nearer."""
-        n = bisect.bisect_left(range(largest), target, key=lambda n: make(n + 1).density(length)) + 1
-        return min((make(max(n - 1, 1)), make(n)), key=lambda p: abs(p.density(length) - target))
+    def widened(make, largest, wanted=target):
+        """The smallest ``make(n)`` of at least the wanted density, or the one before it if that is nearer."""
+        n = bisect.bisect_left(range(largest), wanted, key=lambda n: make(n + 1).density(length)) + 1
+        return min((make(max(n - 1, 1)), make(n)), key=lambda p: abs(p.density(length) - wanted))
+
+    def window(n):
+        return patterns.Window(n) | patterns.GlobalTokens(GLOBAL_TOKENS)
 
     def with_window(offsets):
-        return widened(lambda n: offsets | patterns.Window(n) | patterns.GlobalTokens(GLOBAL_TOKENS), length // 2)
+        return widened(lambda n: offsets | window(n), length // 2)
 
-    size = max(4, length // 32)
+    size, squares = max(4, length // 32), patterns.Squares() | ends
     return {
         "dense": None,
         "primes": primes,
         "squares, window to equal density": with_window(patterns.Squares()),
         "Mian-Chowla, window to equal density": with_window(patterns.MianChowla()),
         "Fibonacci, window to equal density": with_window(patterns.Fibonacci()),
-        "window": widened(lambda n: patterns.Window(n) | patterns.GlobalTokens(GLOBAL_TOKENS), length),
+        "window": widened(window, length),
         "dilated": widened(lambda n: patterns.Dilated(n, 4) | ends, length // 4),
         "BigBird-like": widened(lambda n: patterns.RandomBlocks(n, size, window=1, global_blocks=1), 16),
-        "squares alone": patterns.Squares() | ends,
+        "squares alone": squares,
         "Mian-Chowla alone": patterns.MianChowla() | ends,
+        "window of the squares' density": widened(window, length, squares.density(length)),
     }
 
 

@@ -199,9 +199,7 @@ def main() -> None:
     print(f"{speed:.0f} bytes a second by cached steps:\n\n{told}")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        results = {
-            "settings": {n.replace("-", "_"): getattr(options, n.replace("-", "_")) for n in numbers} | {"rate": options.rate}
-        }
+        settings = {n: getattr(options, n) for n in (n.replace("-", "_") for n in numbers)} | {"rate": options.rate}
         results = {
             "settings": settings,
             "parameters": sizes,

@@ -11,7 +11,7 @@ namespace sieve {
 
 namespace {
 
-constexpr int64_t TILE = 512;  // query rows whose weights and slopes are held for a chunk of the list
+constexpr int64_t TILE = 1024;  // query rows whose weights and slopes are held for a chunk: far offsets then meet at the same keys
 
 // One head's rows, and the same rows with zeros for what is not finite: those themselves where everything is.
 struct CleanRows {

@@ -95,6 +95,11 @@ def test_the_wheel_equals_the_oracle(level, dtype, shape):
     compare(inputs(shape, dtype, batch=1), PRIMES, "wheel")
 
 
+@pytest.mark.parametrize("plan", ["diagonals", "wheel"])
+def test_rows_of_several_tiles_add_up(plan):
+    compare(inputs((1, 1, 1100, 1150, 16, 16), batch=1), PRIMES, plan)
+
+
 def test_float64_runs_on_the_reference():
     compare(inputs(SHAPES["grouped"], torch.float64), PRIMES, scale=0.3)
 
@@ -250,9 +255,11 @@ def test_the_plan_follows_cost_and_is_reported():
     assert choose_plan("auto", primes, 16_384, 16_384, "bfloat16", "amx").name == "wheel"
     assert choose_plan("auto", squares, 16_384, 16_384, "bfloat16", "amx").name == "diagonals"
     assert choose_plan("auto", primes, 1, 16_384, "bfloat16", "amx").name == "diagonals"
-    back = choose_plan("auto", primes, 16_384, 16_384, "float32", "avx512", gradient=True)
-    assert (back.name, back.modulus) == ("wheel", 30)
-    assert choose_plan("auto", squares, 16_384, 16_384, "float32", "avx512", gradient=True).name == "diagonals"
+    even = reach(patterns.Dilated(8_000, 2), 16_384)
+    for gradient in (False, True):
+        dense = choose_plan("auto", even, 16_384, 16_384, "float32", "avx512", gradient=gradient)
+        assert (dense.name, dense.residues) == ("wheel", tuple(range(0, 30, 2)))
+        assert choose_plan("auto", squares, 16_384, 16_384, "float32", "avx512", gradient=gradient).name == "diagonals"
     wheel = choose_plan("wheel", primes, 16_384, 16_384, "float32", "avx512")
     assert (wheel.name, wheel.modulus) == ("wheel", 30)
     assert {1, 7, 11, 13, 17, 19, 23, 29} <= set(wheel.residues)

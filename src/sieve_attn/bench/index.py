@@ -48,7 +48,7 @@ def index(case: Case, settings: Settings) -> Prepared:
     pattern = policies.parse(case.policy).keep | patterns.Window(4) | patterns.GlobalTokens(2)
     what = case.name.rpartition(" ")[2]
     if what == "backward":
-        return _backward(pattern, query, key, value)
+        return _backward(case.name, pattern, query, key, value)
     plan = what if what in PLANS else "auto"
     report = offset_attention(query, key, value, pattern, plan=plan, return_report=True)[1]
     selection = pattern.selection(case.q_len, case.kv_len, causal=True)
@@ -73,7 +73,7 @@ def index(case: Case, settings: Settings) -> Prepared:
     )
 
 
-def _backward(pattern: patterns.Pattern, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Prepared:
+def _backward(name: str, pattern: patterns.Pattern, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Prepared:
     """Gradients alone; the time beside them is that of our own forward pass."""
     query, key, value = (x.requires_grad_() for x in (query, key, value))
     output, report = offset_attention(query, key, value, pattern, return_report=True)
@@ -98,5 +98,5 @@ def _backward(pattern: patterns.Pattern, query: torch.Tensor, key: torch.Tensor,
         check,
         {"naive": lambda: peers.Peer(forward)},
         first=lambda: gradients(few),
-        notes=("the ratio of `backward` rows is our forward pass over our backward pass",),
+        notes=("the ratio of `backward` rows is our forward pass over our backward pass", f"{name}: {report.gradient_plan}"),
     )
