@@ -277,3 +277,30 @@ def test_a_key_after_a_query_changes_nothing():
     before, after = run(key, value), run(late_key, late_value)
     assert far_apart(before[:, :, :64], after[:, :, :64]) == 0
     assert np.isfinite(np.asarray(after[:, :, :64])).all()
+
+
+def test_nothing_of_queries_by_keys_is_in_the_compiled_module():
+    length = 4096
+    shape = jax.ShapeDtypeStruct((1, 1, length, 16), jnp.float32)
+    run = jax.jit(lambda q, k, v: sj.attention(q, k, v, P.TopBlocks(12), causal=True))
+    compiled = run.lower(shape, shape, shape).compile()
+    memory = compiled.memory_analysis()
+    # booleans of that shape would already be too many
+    assert memory.temp_size_in_bytes < length * length // 8
+    pull = jax.jit(jax.grad(lambda q, k, v: run(q, k, v).sum(), (0, 1, 2))).lower(shape, shape, shape).compile()
+    assert pull.memory_analysis().temp_size_in_bytes < length * length // 4
+    text = compiled.as_text()
+    assert f"{length},{length}" not in text
+    assert 'custom_call_target="sieve_attn_attend"' in text
+
+
+def test_the_gather_holds_nothing_of_queries_by_keys_either():
+    length = 4096
+    shape = jax.ShapeDtypeStruct((1, 1, length, 16), jnp.float32)
+    blocks = sj.PaddedBlocks(
+        jax.ShapeDtypeStruct((1, 1, 64), jnp.int32), jax.ShapeDtypeStruct((1, 1, 64, 8), jnp.int32), length, length, 64, 16
+    )
+    run = jax.jit(lambda q, k, v, chosen: sj.attend(q, k, v, chosen, causal=True, backend="gather"))
+    compiled = run.lower(shape, shape, shape, blocks).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < length * length
+    assert f"{length},{length}" not in compiled.as_text()
