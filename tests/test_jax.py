@@ -1,5 +1,11 @@
 """The JAX front-end equals the PyTorch one on the same arrays: output, selection and gradients, eagerly, under jit and vmap."""
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -304,3 +310,30 @@ def test_the_gather_holds_nothing_of_queries_by_keys_either():
     compiled = run.lower(shape, shape, shape, blocks).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < length * length
     assert f"{length},{length}" not in compiled.as_text()
+
+
+def test_two_devices_run_side_by_side():
+    """pmap needs its devices before JAX starts, hence a process of its own."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import jax, numpy as np; from jax_inputs import arrays; import sieve_attn.jax as sj\n"
+        "from sieve_attn import policies as P\n"
+        "given = arrays(32, 64, batch=4); many = [x.reshape(2, 2, *x.shape[1:]) for x in given]\n"
+        "one = lambda q, k, v: sj.attention(q, k, v, P.TopBlocks(1, sinks=1, window=8), causal=True)\n"
+        "apart = jax.pmap(jax.value_and_grad(lambda *x: one(*x).sum()))(*many)[1]\n"
+        "whole = jax.grad(lambda *x: one(*x).sum())(*given)\n"
+        "print(jax.device_count(), np.array_equal(np.asarray(apart).reshape(whole.shape), whole))"
+    )
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout == "2 True\n", done.stderr
+
+
+def test_calls_from_several_threads_do_not_meet():
+    query, key, value = arrays(64, 128)
+    run = jax.jit(lambda q: sj.attention(q, key, value, P.TopBlocks(1, sinks=1, window=8), causal=True))
+    alone = [np.asarray(run(query * n)) for n in range(1, 5)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda n: np.asarray(run(query * n)), range(1, 5)))
+    for mine, other in zip(together, alone, strict=True):
+        assert (mine == other).all()
