@@ -1,0 +1,17 @@
+"""Sparse attention for Penzai models: a layer to put in the place of ``pz.nn.Attention``, and a view of what it keeps."""
+
+try:
+    import penzai as _penzai  # noqa: F401
+    import treescope as _treescope  # noqa: F401
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        f"`sieve_attn.penzai` needs {missing.name}, which is not installed; install it with `pip install 'sieve-attn[penzai]'`",
+        name=missing.name,
+    ) from None
+
+from sieve_attn.penzai.caching import KVCachingGeometricSparseAttention, kv_caching
+from sieve_attn.penzai.layer import GeometricSparseAttention
+from sieve_attn.penzai.masks import ManifoldMask
+from sieve_attn.penzai.reading import AttentionAxes, CausalMask, ExplicitMask
+
+__all__ = ["AttentionAxes", "CausalMask", "ExplicitMask", "GeometricSparseAttention", "KVCachingGeometricSparseAttention", "ManifoldMask", "kv_caching"]

@@ -1,0 +1,91 @@
+"""What a layer kept, block by block, where somebody asked to see it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from penzai import pz
+
+from sieve_attn.jax import manifold
+from sieve_attn.penzai.named import Layout
+from sieve_attn.policies import Policy
+
+HIDDEN, PRUNED, KEPT = 0, 1, 2
+
+
+@pz.pytree_dataclass
+class ManifoldMask(pz.Struct):
+    """The blocks that one call of a layer kept.
+
+    Attributes:
+      kept: Booleans over batch axes, head axes, ``q_block`` and ``kv_block``.
+      keys: How many keys of the block some query of the tile sees: zero where causality or a mask hides all of it.
+    """
+
+    kept: pz.nx.NamedArrayBase
+    keys: pz.nx.NamedArrayBase
+
+    def states(self) -> pz.nx.NamedArray:
+        """0 where no query of the tile sees the block, 1 where the block was pruned, 2 where it was kept."""
+        return pz.nx.nmap(lambda kept, keys: jnp.where(keys > 0, PRUNED + kept, HIDDEN).astype(jnp.int8))(self.kept, self.keys)
+
+    def density(self) -> pz.nx.NamedArray:
+        """The share of visible keys that were kept, one for each batch row and head."""
+
+        def share(kept, keys):
+            return (kept * keys).sum() / jnp.maximum(keys.sum(), 1)
+
+        ends = ("q_block", "kv_block")
+        return pz.nx.nmap(share)(self.kept.untag(*ends), self.keys.untag(*ends))
+
+
+def observe(q: jax.Array, k: jax.Array, policy: Policy, layout: Layout, **arguments: Any) -> ManifoldMask:
+    """The choice of ``policy`` for these arrays, with names."""
+    if not policy.chooses_blocks:
+        raise pz_error(policy)
+    kept = manifold(q, k, policy, **arguments)
+    keys = visible_keys(q.shape[2], k.shape[2], policy, **{n: arguments.get(n) for n in ("causal", "window", "key_mask", "mask")})
+    heads = keys.shape[1]
+    if heads > 1 and heads != kept.shape[1]:
+        keys = keys.reshape(keys.shape[0], kept.shape[1], -1, *keys.shape[2:]).max(2)
+    keys = jnp.broadcast_to(keys, kept.shape)
+    ends = ("q_block", "kv_block")
+    return ManifoldMask(layout.name_heads(kept & (keys > 0), *ends), layout.name_heads(keys, *ends))
+
+
+def visible_keys(
+    q_len: int,
+    kv_len: int,
+    policy: Policy,
+    *,
+    causal: bool | None,
+    window: int | None,
+    key_mask: jax.Array | None,
+    mask: jax.Array | None,
+) -> jax.Array:
+    """[batch | 1, heads | 1, tiles, blocks] the most keys of each block that one query of the tile sees; a tile at a time."""
+    offset = kv_len - q_len
+    lead = offset % policy.query_tile if causal else 0
+    tiles, blocks = -(-(q_len + lead) // policy.query_tile), -(-kv_len // policy.block_size)
+    key = jnp.arange(kv_len)
+
+    def of_tile(tile):
+        row = tile * policy.query_tile - lead + jnp.arange(policy.query_tile)
+        inside = (row >= 0) & (row < q_len)
+        position = row[:, None] + offset
+        seen = jnp.broadcast_to(inside[:, None], (policy.query_tile, kv_len))
+        if causal:
+            seen &= key <= position
+        if window is not None:
+            seen &= (key > position - window) & (key < position + window)
+        seen = seen[None, None]
+        if key_mask is not None:
+            seen = seen & key_mask[:, None, None, :]
+        if mask is not None:
+            seen = seen & mask[:, :, jnp.clip(row, 0, q_len - 1)]
+        seen = jnp.pad(seen, ((0, 0), (0, 0), (0, 0), (0, blocks * policy.block_size - kv_len)))
+        return seen.reshape(*seen.shape[:3], blocks, -1).sum(-1).max(2).astype(jnp.int32)
+
+    return jnp.moveaxis(jax.lax.map(of_tile, jnp.arange(tiles)), 0, 2)
