@@ -13,5 +13,9 @@ from sieve_attn.penzai.caching import KVCachingGeometricSparseAttention, kv_cach
 from sieve_attn.penzai.layer import GeometricSparseAttention
 from sieve_attn.penzai.masks import ManifoldMask
 from sieve_attn.penzai.reading import AttentionAxes, CausalMask, ExplicitMask
+from sieve_attn.penzai.view import MaskFigure, capture_masks, captured_masks, show_masks
 
-__all__ = ["AttentionAxes", "CausalMask", "ExplicitMask", "GeometricSparseAttention", "KVCachingGeometricSparseAttention", "ManifoldMask", "kv_caching"]
+__all__ = [
+    "AttentionAxes", "CausalMask", "ExplicitMask", "GeometricSparseAttention", "KVCachingGeometricSparseAttention",
+    "ManifoldMask", "MaskFigure", "capture_masks", "captured_masks", "kv_caching", "show_masks",
+]  # fmt: skip

@@ -10,6 +10,7 @@ from penzai import pz
 
 from sieve_attn.jax import manifold
 from sieve_attn.penzai.named import Layout
+from sieve_attn.patterns import Pattern
 from sieve_attn.policies import Policy
 
 HIDDEN, PRUNED, KEPT = 0, 1, 2
@@ -40,17 +41,28 @@ class ManifoldMask(pz.Struct):
         ends = ("q_block", "kv_block")
         return pz.nx.nmap(share)(self.kept.untag(*ends), self.keys.untag(*ends))
 
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        from sieve_attn.penzai.view import tree_node
+
+        return tree_node(self, path) or super().__treescope_repr__(path, subtree_renderer)
+
 
 def observe(q: jax.Array, k: jax.Array, policy: Policy, layout: Layout, **arguments: Any) -> ManifoldMask:
-    """The choice of ``policy`` for these arrays, with names."""
-    if not policy.chooses_blocks:
-        raise pz_error(policy)
-    kept = manifold(q, k, policy, **arguments)
-    keys = visible_keys(q.shape[2], k.shape[2], policy, **{n: arguments.get(n) for n in ("causal", "window", "key_mask", "mask")})
-    heads = keys.shape[1]
-    if heads > 1 and heads != kept.shape[1]:
-        keys = keys.reshape(keys.shape[0], kept.shape[1], -1, *keys.shape[2:]).max(2)
-    keys = jnp.broadcast_to(keys, kept.shape)
+    """The choice of ``policy`` for these arrays, with names. Where a pattern alone decides, a block counts as kept if a tile
+    reads any key of it."""
+    hiding = {n: arguments.get(n) for n in ("causal", "window", "key_mask", "mask")}
+    keys = visible_keys(q.shape[2], k.shape[2], policy, None, **hiding)
+    heads = k.shape[1] if policy.share_group else q.shape[1]
+    if heads not in (1, keys.shape[1]) and keys.shape[1] > 1:
+        keys = keys.reshape(keys.shape[0], heads, -1, *keys.shape[2:]).max(2)
+    shape = (q.shape[0], heads, *keys.shape[2:])
+    if k.shape[2] < policy.min_seq_length:
+        kept = keys > 0
+    elif policy.chooses_blocks:
+        kept = manifold(q, k, policy, **arguments)
+    else:
+        kept = visible_keys(q.shape[2], k.shape[2], policy, policy.keep, **hiding) > 0
+    keys = jnp.broadcast_to(keys, shape)
     ends = ("q_block", "kv_block")
     return ManifoldMask(layout.name_heads(kept & (keys > 0), *ends), layout.name_heads(keys, *ends))
 
@@ -59,27 +71,30 @@ def visible_keys(
     q_len: int,
     kv_len: int,
     policy: Policy,
+    pattern: Pattern | None,
     *,
     causal: bool | None,
     window: int | None,
     key_mask: jax.Array | None,
     mask: jax.Array | None,
 ) -> jax.Array:
-    """[batch | 1, heads | 1, tiles, blocks] the most keys of each block that one query of the tile sees; a tile at a time."""
+    """[batch | 1, heads | 1, tiles, blocks] the most keys of each block that one query of the tile sees (of those that
+    ``pattern`` keeps, where one is given), a tile at a time: nothing of size q_len x kv_len exists."""
     offset = kv_len - q_len
     lead = offset % policy.query_tile if causal else 0
     tiles, blocks = -(-(q_len + lead) // policy.query_tile), -(-kv_len // policy.block_size)
-    key = jnp.arange(kv_len)
+    key = jnp.arange(kv_len)[None, :]
 
     def of_tile(tile):
         row = tile * policy.query_tile - lead + jnp.arange(policy.query_tile)
-        inside = (row >= 0) & (row < q_len)
         position = row[:, None] + offset
-        seen = jnp.broadcast_to(inside[:, None], (policy.query_tile, kv_len))
+        seen = jnp.broadcast_to(((row >= 0) & (row < q_len))[:, None], (policy.query_tile, kv_len))
         if causal:
             seen &= key <= position
         if window is not None:
             seen &= (key > position - window) & (key < position + window)
+        if pattern is not None:
+            seen &= pattern.keeps(position, key)
         seen = seen[None, None]
         if key_mask is not None:
             seen = seen & key_mask[:, None, None, :]
