@@ -20,6 +20,7 @@
 #include "ternary.h"
 #include "top_k.h"
 #include "offsets.h"
+#include "xla.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -468,6 +469,12 @@ NB_MODULE(_native, m) {
                                   OffsetGradients{d_out, static_cast<float*>(lse.data), static_cast<float*>(shift.data), dq, dk, dv});
         },
         released);
+  m.def("xla_handlers", [] {
+    nb::dict found;
+    for (const NamedHandler& h : xla_handlers)
+      found[h.name] = nb::steal(PyCapsule_New(reinterpret_cast<void*>(h.run), "xla._CUSTOM_CALL_TARGET", nullptr));
+    return found;
+  });
   m.def("level", &level);
   m.def("levels", &levels);
   m.def("force_level", &force_level);

@@ -23,6 +23,7 @@ MODULES = {
     "evaluation",
     "functional",
     "geometry",
+    "jax",
     "layers",
     "llm",
     "patterns",
@@ -51,11 +52,13 @@ FRAMEWORKS = {
 # who may import a framework; everything else works on any array
 MAY_IMPORT = (
     "torch.py",
+    "jax",
     "attn_bias.py",
     "transformers",
     "layers",
     "llm",
     "arrays/torch_ops.py",
+    "arrays/jax_ops.py",
     "attend/torch_op.py",
     "attend/top_k_op.py",
     "attend/offset_op.py",
@@ -74,7 +77,7 @@ FLOORS = [
     {"scores", "patterns"},
     {"selection", "attend", "certify", "dispatch", "policies"},
     {"pipeline", "aether", "functional", "offset_attention"},
-    {"attn_bias", "torch", "layers", "transformers", "llm", "testing"},
+    {"attn_bias", "torch", "jax", "layers", "transformers", "llm", "testing"},
     {"evaluation", "bench", "cli"},
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -23,8 +23,8 @@ _NAMES = {
     "sparsify": "sieve_attn.transformers",
 }
 _MODULES = (
-    "aether", "certify", "evaluation", "functional", "geometry", "layers", "llm", "patterns", "policies", "scores", "selection",
-    "testing", "torch", "transformers", "types",
+    "aether", "certify", "evaluation", "functional", "geometry", "jax", "layers", "llm", "patterns", "policies", "scores",
+    "selection", "testing", "torch", "transformers", "types",
 )  # fmt: skip
 
 __all__ = [*_NAMES, *_MODULES]
@@ -35,7 +35,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 
-_EXTRAS = {"torch": "torch", "transformers": "hf", "safetensors": "hf", "hypothesis": "dev", "pytest": "dev"}
+_EXTRAS = {"torch": "torch", "transformers": "hf", "safetensors": "hf", "jax": "jax", "hypothesis": "dev", "pytest": "dev"}
 
 
 def __getattr__(name):

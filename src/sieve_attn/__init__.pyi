@@ -3,6 +3,7 @@ from sieve_attn import certify as certify
 from sieve_attn import evaluation as evaluation
 from sieve_attn import functional as functional
 from sieve_attn import geometry as geometry
+from sieve_attn import jax as jax
 from sieve_attn import layers as layers
 from sieve_attn import llm as llm
 from sieve_attn import patterns as patterns

@@ -251,15 +251,23 @@ def _select(call: Call, geometry: Geometry, policy: Policy, per_query: bool):
 
 
 def _score(call: Call, policy: Policy, rows: Rows, front: Geometry, start: int, tiles: Tiles | None) -> Scores:
-    """Stage 2 on one chunk. Queries that the policy's stride passes over score -inf and cost nothing."""
+    """Stage 2 on the chunk of queries that begins with ``start``."""
+    if tiles is None:
+        return policy.scorer.score(rows, front, brackets=policy.selector.needs_brackets)
+    return score_rows(
+        call, policy, rows, front, arrays.namespace(call.query).arange(start, start + tiles.rows, call.query), tiles
+    )
+
+
+def score_rows(call: Call, policy: Policy, rows: Rows, front: Geometry, number: Array, tiles: Tiles) -> Scores:
+    """Stage 2 on the queries ``number`` [rows]. Those that the policy's stride passes over score -inf and cost nothing."""
     xp = arrays.namespace(call.query)
-    if tiles is None or policy.query_stride == 1 or policy.selector.every_query:
+    if policy.query_stride == 1 or policy.selector.every_query:
         return policy.scorer.score(rows, front, brackets=policy.selector.needs_brackets)
     looked = tiles.looked_at(policy.query_stride, call.query)
-    found = policy.scorer.score(call.rows_at(looked + start, rows.visible.shape[-1]), front).estimate
+    found = policy.scorer.score(call.rows_at(number[looked], rows.visible.shape[-1]), front).estimate
     every = xp.full((*found.shape[:2], rows.query.shape[2], found.shape[3]), -math.inf, found.dtype, found)
-    every[:, :, looked] = found
-    return Scores(every)
+    return Scores(xp.put_along(every, 2, looked, found))
 
 
 def certificate(

@@ -10,7 +10,9 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-_OPERATIONS = {"torch": "sieve_attn.arrays.torch_ops", "numpy": "sieve_attn.arrays.numpy_ops"}
+_OPERATIONS = {
+    "torch": "sieve_attn.arrays.torch_ops", "numpy": "sieve_attn.arrays.numpy_ops", "jax": "sieve_attn.arrays.jax_ops",
+}  # fmt: skip
 
 of_type: dict[type, ModuleType] = {}  # each operations module enters its array type here
 

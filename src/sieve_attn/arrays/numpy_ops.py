@@ -193,6 +193,19 @@ def scatter_true(shape, index, like):
     return out
 
 
+def put_along(x, axis, index, part):
+    x[(slice(None),) * axis + (index,)] = part
+    return x
+
+
+def known_empty(x) -> bool:
+    return not bool(x.any())
+
+
+def tabulated(rule, counts, largest):
+    return rule(counts)
+
+
 def half_above(x):
     near = cast(x, np.float16)
     bumped = (near.view(np.int16) + np.int16(1)).view(np.float16)

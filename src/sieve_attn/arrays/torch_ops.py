@@ -199,6 +199,21 @@ def scatter_true(shape, index, like):
     return out
 
 
+def put_along(x, axis, index, part):
+    """``x`` with ``part`` at the places ``index`` [n] of ``axis``; ``x`` itself may change."""
+    return x.index_copy_(axis, index, part)
+
+
+def known_empty(x) -> bool:
+    """Whether no entry is true, as far as can be told now."""
+    return not bool(x.any())
+
+
+def tabulated(rule, counts, largest):
+    """``rule(counts)`` for integers 0..``largest``."""
+    return rule(counts)
+
+
 def half_above(x):
     """The smallest fp16 value that is at least ``x >= 0`` (infinity beyond its range)."""
     near = x.to(torch.float16)

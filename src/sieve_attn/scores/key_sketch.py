@@ -107,7 +107,7 @@ class KeySketch(Bound):
         logits = xp.where(rows.visible, logits if rows.bias is None else logits + rows.bias, -math.inf)
         estimate = xp.logsumexp(split_blocks(logits, geometry.block_size, -math.inf), -1)
         early = _before_calibration(rows, geometry)
-        if not bool(early.any()):
+        if xp.known_empty(early):
             return estimate
         return xp.where(early[..., None], exact_block_mass(rows, geometry.block_size), estimate)
 

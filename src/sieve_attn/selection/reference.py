@@ -48,9 +48,9 @@ class Tiles:
     def looked_at(self, stride: int, like: Array) -> Array:
         """Indices of every ``stride``-th row of each tile, the last row of a tile always."""
         xp = arrays.namespace(like)
-        number = xp.arange(0, self.rows, like)
-        lane = (number + self.lead) % self.size
-        return xp.nonzero((lane % stride == stride - 1) | (lane == self.size - 1) | (number == self.rows - 1))[0]
+        lanes = [(number + self.lead) % self.size for number in range(self.rows)]
+        looked = [n for n, lane in enumerate(lanes) if lane % stride == stride - 1 or lane == self.size - 1 or n == self.rows - 1]
+        return xp.asarray(looked, xp.int64, like)
 
     def spread(self, x: Array) -> Array:
         """[batch, heads, tiles, n] to [batch, heads, rows, n]."""
@@ -150,7 +150,7 @@ def _by_rank(xp, selector: RankSelector, candidates: Candidates, unit: Tiles, he
     visible = xp.any_(unit.split(share_over_group(candidates.visible, heads, xp.any_), False), 3)
     # blocks that only queries between the strides see rank last, before the invisible ones
     best = xp.where(visible, xp.maximum(best, -1e30), -math.inf)
-    wanted = selector.k(xp.total(visible, -1, xp.int64))
+    wanted = xp.tabulated(selector.k, xp.total(visible, -1, xp.int64), visible.shape[-1])
     _, order = xp.sort_descending(best, -1)
     rank = xp.inverse_permutation(order, -1)
     return (rank < wanted[..., None]) & visible
@@ -163,7 +163,7 @@ def _best_of_the_forgotten(
     seen = candidates.visible
     per_row = xp.repeat_each(unit.spread(chosen), seen.shape[1] // heads, 1)
     forgotten = xp.any_(seen, -1) & ~xp.any_(per_row & seen, -1)
-    if not bool(forgotten.any()):
+    if xp.known_empty(forgotten):
         return chosen
     best = xp.argmax(xp.where(seen, rescore(), -math.inf), -1)
     block = xp.arange(0, seen.shape[-1], seen)

@@ -1,0 +1,73 @@
+"""The arguments of a call, checked in Sieve's words before anything is traced further."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sieve_attn import checks
+from sieve_attn.arrays import jax_ops
+from sieve_attn.checks import error
+from sieve_attn.types import Call
+
+OPTIONAL = ("mask", "key_mask", "bias", "cu_seqlens", "sink")
+
+
+def to_array(name: str, x: Any) -> jax.Array | None:
+    """``x`` as a JAX array; what JAX would quietly narrow or copy from another framework is refused."""
+    if x is None or isinstance(x, jax.Array):
+        return x
+    if not isinstance(x, (np.ndarray, np.generic, list, tuple)):
+        raise error(name, "must be an array of JAX or NumPy", type(x).__name__, "convert it with jax.numpy.asarray", TypeError)
+    plain = np.asarray(x)
+    if plain.dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise error(
+            name, "must not be float64 while jax_enable_x64 is off, where JAX would narrow it", "dtype float64",
+            "cast it to float32, or set jax_enable_x64 before any array is made",
+        )  # fmt: skip
+    if plain.dtype == np.int64 and not jax.config.jax_enable_x64:
+        plain = plain.astype(np.int32)
+    return jnp.asarray(plain)
+
+
+def make(query: Any, key: Any, value: Any, *, scale: Any, dropout: float = 0.0, **options: Any) -> Call:
+    """The :class:`~sieve_attn.types.Call`, its values read only where they are known."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x is None:
+            raise error(name, "must be an array", "None", "pass a JAX or NumPy array", TypeError)
+    query, key, value = (to_array(n, x) for n, x in (("query", query), ("key", key), ("value", value)))
+    options |= {name: to_array(name, options.get(name)) for name in OPTIONAL}
+    checks.qkv(query, key, value, xp=jax_ops)
+    for name in ("causal", "scale", "softcap", "window"):
+        if isinstance(options.get(name, scale if name == "scale" else None), jax.Array):
+            raise error(name, "must be a Python number, known when the call is traced", "a JAX array",
+                        "close over it, or name it in static_argnames of jax.jit")  # fmt: skip
+    edges = options["cu_seqlens"]
+    if edges is not None and (edges.ndim != 1 or not jnp.issubdtype(edges.dtype, jnp.integer)):
+        raise error("cu_seqlens", "must be one axis of integers", f"{edges.dtype} of shape {edges.shape}", "pass int32 offsets")
+    checked = {name: options.get(name) for name in ("mask", "key_mask", "bias", "softcap", "cu_seqlens", "sink", "window")}
+    if isinstance(edges, jax.core.Tracer):
+        # where sequences begin is known only when the call runs; kernels check it then
+        checked["cu_seqlens"] = None
+        if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+            raise error("cu_seqlens", "must pack one batch with q_len == kv_len",
+                        f"batch {query.shape[0]}, q_len {query.shape[2]}, kv_len {key.shape[2]}",
+                        "pack along the length")  # fmt: skip
+    checks.attention_options(query, key, scale=scale, dropout=dropout, xp=jax_ops, **checked)
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    softcap = options.pop("softcap", None)
+    window = options.pop("window", None)
+    return Call(
+        query, key, value, causal=bool(options.pop("causal", False)), scale=scale,
+        softcap=None if softcap is None else float(softcap), window=None if window is None else int(window), **options,
+    )  # fmt: skip
+
+
+def platform(x: jax.Array) -> str:
+    """Where ``x`` lives, or where what is being traced runs by default."""
+    if isinstance(x, jax.core.Tracer):
+        return jax.default_backend()
+    return next(iter(x.devices())).platform

@@ -1,0 +1,207 @@
+"""Attention over kept blocks in ``jax.numpy``: the blocks of one query tile are gathered, then the next tile's. Any platform.
+
+Costs and memory follow ``max_blocks``. Where a tile overflows, a branch that reads every block, tile by tile, computes the same
+selection instead. Gradients recompute a tile's logits; nothing of size queries x keys exists.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sieve_attn.arrays import jax_ops as xp
+from sieve_attn.bounds import soft_cap
+from sieve_attn.jax.selection import PaddedBlocks
+from sieve_attn.types import Call, Ranges, Rows, Selection
+
+TILE = 64
+
+
+def attend(call: Call, selection: PaddedBlocks | Selection) -> tuple[jax.Array, jax.Array]:
+    """``(output [batch, q_heads, q_len, v_dim] in the query's dtype, lse [batch, q_heads, q_len])``."""
+    with jax.default_matmul_precision("highest"):
+        if isinstance(selection, PaddedBlocks):
+            if selection.max_blocks >= selection.blocks:
+                return _everything(call, selection)
+            some = selection.overflow.any()
+            return jax.lax.cond(some, lambda: _everything(call, selection), lambda: _gathered(call, selection))
+        ranges = selection.parts[0]
+        blocks = static_blocks(call, ranges)
+        # what the ranges touch is known beforehand; single keys are masked inside of their blocks
+        run = _everything if blocks.max_blocks >= blocks.blocks else _gathered
+        return run(call, blocks, ranges)
+
+
+def why_not(selection: PaddedBlocks | Selection) -> tuple[str, ...]:
+    if isinstance(selection, PaddedBlocks) or selection.kinds == ("Ranges",):
+        return ()
+    return (f"the gather takes Blocks or one Ranges, not {', '.join(selection.kinds)}",)
+
+
+def _tiles(call: Call, size: int, lead: int) -> jax.Array:
+    """[tiles, size] the query of every place, out of range where a tile has none."""
+    tiles = -(-(call.q_len + lead) // size)
+    return jnp.asarray(np.arange(tiles * size).reshape(tiles, size) - lead, jnp.int32)
+
+
+def _map_tiles(call: Call, numbers: jax.Array, lead: int, one, *per_tile: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``one(number, *part)`` for every tile; its rows are put side by side again."""
+    run = jax.checkpoint(lambda given: one(*given))
+    out, lse = jax.lax.map(run, (numbers, *(jnp.moveaxis(x, 2, 0) for x in per_tile)))
+
+    def joined(x):
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, lead : lead + call.q_len]
+
+    return joined(out).astype(call.query.dtype), joined(lse)
+
+
+def softmax(
+    rows: Rows, key: jax.Array, value: jax.Array, kept: jax.Array | bool, sink: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """One tile over ``key``, ``value`` [batch, kv_heads | q_heads, keys, ...], of which ``kept`` and ``rows.visible`` count;
+    ``sink`` broadcasts to [batch, q_heads, rows, 1]."""
+    batch, heads, n, dim = rows.query.shape
+    shared = key.shape[1]
+    seen = jnp.broadcast_to(kept & rows.visible, (batch, heads, n, key.shape[2]))
+    # what no query of the tile sees has no part in any gradient, not even as a NaN
+    used = seen.reshape(batch, shared, -1, seen.shape[-1]).any(2)[..., None]
+    key, value = jnp.where(used, key, 0.0), jnp.where(used, value, 0.0)
+    logits = (rows.query.reshape(batch, shared, -1, dim) @ xp.transpose_last(key)).reshape(batch, heads, n, -1)
+    capped = soft_cap(xp, logits * rows.scale, rows.softcap)
+    final = jnp.where(seen, capped if rows.bias is None else capped + rows.bias, -math.inf)
+    top = jax.lax.stop_gradient(final.max(-1, keepdims=True))
+    if sink is not None:
+        sink = sink.astype(final.dtype)
+        top = jnp.maximum(top, jax.lax.stop_gradient(sink))
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    weight = jnp.where(seen, jnp.exp(jnp.where(seen, final - top, 0.0)), 0.0)
+    weight = jnp.where(jnp.isneginf(final), 0.0, weight)
+    total = weight.sum(-1, keepdims=True)
+    if sink is not None:
+        total = total + jnp.exp(sink - top)
+    empty = total == 0
+    share = weight / jnp.where(empty, 1.0, total)
+    lse = jnp.where(empty, -math.inf, jnp.log(jnp.where(empty, 1.0, total)) + top)[..., 0]
+    # a weight of exactly zero hides even a NaN
+    good = jnp.isfinite(value)
+    flat = share.reshape(batch, shared, -1, share.shape[-1])
+    out = flat @ jnp.where(good, value, 0.0)
+    touched = (flat != 0).astype(value.dtype)
+    lost = touched @ jnp.where(jnp.isnan(value), 1.0, 0.0)
+    above, below = touched @ jnp.where(value == jnp.inf, 1.0, 0.0), touched @ jnp.where(value == -jnp.inf, 1.0, 0.0)
+    for hits, mark in ((lost, math.nan), (above, math.inf), (below, -math.inf)):
+        out = jnp.where(hits > 0, out + mark, out)
+    return out.reshape(batch, heads, n, -1), lse
+
+
+def _sink(call: Call) -> jax.Array | None:
+    return None if call.sink is None else call.sink[None, :, None, None]
+
+
+def _everything(call: Call, selection: PaddedBlocks, ranges: Ranges | None = None) -> tuple[jax.Array, jax.Array]:
+    """Every key is read; blocks that a tile does not keep are masked."""
+    numbers = _tiles(call, selection.q_block, selection.lead)
+    kept = selection.to_tiles()
+    key, value = call.compute("key"), call.compute("value")
+    heads = call.query.shape[1]
+
+    def one(number, blocks):
+        rows = replace(call, shared={}).rows_at(jnp.clip(number, 0, call.q_len - 1))
+        blocks = xp.repeat_each(blocks, 1 if blocks.shape[1] == 1 else heads // blocks.shape[1], 1)
+        mine = jnp.repeat(blocks, selection.kv_block, -1)[..., None, : call.kv_len]
+        if ranges is not None:
+            mine = mine & _in_ranges(ranges, rows.position[:, None], jnp.arange(call.kv_len))
+        return softmax(rows, key, value, mine, _sink(call))
+
+    return _map_tiles(call, numbers, selection.lead, one, kept)
+
+
+def _gathered(call: Call, selection: PaddedBlocks, ranges: Ranges | None = None) -> tuple[jax.Array, jax.Array]:
+    """Only kept blocks are read."""
+    batch, heads = call.query.shape[:2]
+    kv_heads, size = call.key.shape[1], selection.kv_block
+    choosers = max(selection.indices.shape[1], kv_heads)
+    index = jnp.broadcast_to(
+        xp.repeat_each(selection.indices, choosers // selection.indices.shape[1], 1),
+        (batch, choosers, *selection.indices.shape[2:]),
+    )
+    numbers = _tiles(call, selection.q_block, selection.lead)
+    blocked = {}
+    for name in ("key", "value"):
+        padded = xp.pad_end(call.compute(name), 2, -call.kv_len % size, 0)
+        blocked[name] = padded.reshape(*padded.shape[:2], -1, size, padded.shape[-1])
+
+    def taken(x, mine):
+        x = xp.repeat_each(x, choosers // kv_heads, 1) if choosers != kv_heads else x
+        found = jnp.take_along_axis(x, mine[..., None, None], 2)
+        return found.reshape(batch, choosers, -1, x.shape[-1])
+
+    def one(number, mine):
+        listed = mine >= 0
+        mine = jnp.where(listed, mine, 0)
+        place = (mine[..., None] * size + jnp.arange(size)).reshape(batch, choosers, -1)
+        real = jnp.repeat(listed, size, -1) & (place < call.kv_len)
+        rows = _rows_at(call, jnp.clip(number, 0, call.q_len - 1), jnp.minimum(place, call.kv_len - 1))
+        kept = xp.repeat_each(real, heads // choosers, 1)[:, :, None, :]
+        if ranges is not None:
+            kept = kept & _in_ranges(ranges, rows.position[:, None], place[:, :1, None, :])
+        return softmax(rows, taken(blocked["key"], mine), taken(blocked["value"], mine), kept, _sink(call))
+
+    return _map_tiles(call, numbers, selection.lead, one, index)
+
+
+def _rows_at(call: Call, number: jax.Array, place: jax.Array) -> Rows:
+    """As ``call.rows_at``, of the keys ``place`` [batch, choosers, keys] alone."""
+    heads = call.query.shape[1]
+    place = xp.repeat_each(place, heads // place.shape[1], 1)[:, :, None, :]
+    position = (number + call.offset)[:, None]
+    visible = jnp.ones((1, 1, number.shape[0], 1), bool)
+    if call.causal:
+        visible = visible & (place <= position)
+    if call.window is not None:
+        visible = visible & (place > position - call.window) & (place < position + call.window)
+    if call.cu_seqlens is not None:
+        edges = call.cu_seqlens
+        mine = jnp.searchsorted(edges, number, side="right")[:, None]
+        visible = visible & (jnp.searchsorted(edges, place, side="right") == mine)
+    if call.key_mask is not None:
+        visible = visible & jnp.take_along_axis(call.key_mask[:, None, None, :], place, 3)
+    if call.mask is not None:
+        visible = visible & jnp.take_along_axis(call.mask[:, :, number], place, 3)
+    bias = None
+    if call.bias is not None:
+        bias = call.bias if call.bias.shape[2] == 1 else call.bias[:, :, number]
+        bias = bias.astype(xp.compute_dtype(call.query))
+        bias = jnp.broadcast_to(bias, (*bias.shape[:2], number.shape[0], bias.shape[3]))
+        bias = bias if bias.shape[3] == 1 else jnp.take_along_axis(bias, place, 3)
+        hidden = jnp.isneginf(bias)
+        visible, bias = visible & ~hidden, jnp.where(hidden, 0.0, bias)
+    query = call.compute("query")[:, :, number]
+    return Rows(query, position[:, 0], visible, visible, call.scale, call.softcap, bias, call.sink)
+
+
+def _in_ranges(ranges: Ranges, position: jax.Array, key: jax.Array) -> jax.Array:
+    near = (key > position - ranges.window) & (key < position + (ranges.window if ranges.two_sided else 1))
+    return (key < ranges.prefix) | near
+
+
+def static_blocks(call: Call, ranges: Ranges) -> PaddedBlocks:
+    """Blocks of ``TILE`` keys that a tile's ranges and causality touch, in NumPy."""
+    lead = call.lead(TILE)
+    tiles, blocks = -(-(call.q_len + lead) // TILE), -(-call.kv_len // TILE)
+    first = np.maximum(np.arange(tiles) * TILE - lead, 0) + call.offset
+    last = np.minimum((np.arange(tiles) + 1) * TILE - lead, call.q_len) - 1 + call.offset
+    start, stop = np.arange(blocks) * TILE, np.minimum((np.arange(blocks) + 1) * TILE, call.kv_len)
+    after = last[:, None] + (ranges.window if ranges.two_sided else 1)
+    near = (stop[None] > first[:, None] - ranges.window + 1) & (start[None] < after)
+    kept = (start[None] < ranges.prefix) | near
+    if call.causal:
+        kept &= start[None] <= last[:, None]
+    most = max(1, int(kept.sum(-1).max()))
+    grid = {"q_len": call.q_len, "kv_len": call.kv_len, "q_block": TILE, "kv_block": TILE, "lead": lead}
+    return PaddedBlocks.from_tiles(jnp.asarray(kept)[None, None], most, **grid)
