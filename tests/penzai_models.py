@@ -5,6 +5,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from penzai import pz
 from penzai.models.transformer.variants import gpt_neox, llamalike_common
 
@@ -15,7 +16,6 @@ WINDOW = llamalike_common.AttentionTypeSlidingWindowCausal(9)
 GLOBAL = llamalike_common.AttentionTypeGlobalCausal()
 LLAMALIKE = {
     "llama": {"num_kv_heads": 2, "query_head_multiplier": 2},
-    "llama_multi_head": {"num_kv_heads": 4, "query_head_multiplier": 1},
     "llama_stacked": {"num_kv_heads": 2, "query_head_multiplier": 2, "use_layer_stack": True},
     "mistral": {"num_kv_heads": 2, "query_head_multiplier": 2, "attention_type": WINDOW},
     "gemma": {"num_kv_heads": 1, "query_head_multiplier": 4, "mlp_variant": "geglu_approx", "tie_embedder_and_logits": True},
@@ -29,18 +29,26 @@ VARIANTS = [*LLAMALIKE, "gpt_neox"]
 VOCABULARY = 17
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """These tests compile much and compute little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @cache
 def build(variant):
-    """A model of two blocks of width 32; parameters drawn wide enough that attention is far from uniform."""
+    """A model of width 32; queries and keys are wide enough that attention is far from uniform."""
     if variant == "gpt_neox":
         config = gpt_neox.GPTNeoXTransformerConfig(
-            num_attention_heads=4, embedding_dim=32, projection_dim=8, mlp_hidden_dim=32, num_decoder_blocks=2,
+            num_attention_heads=4, embedding_dim=32, projection_dim=8, mlp_hidden_dim=32, num_decoder_blocks=1,
             vocab_size=VOCABULARY, activation_fn="gelu_exact", rope_subset_size=4, rope_wavelength=1e4, layernorm_epsilon=1e-5,
             parameter_dtype=jnp.float32, activation_dtype=jnp.float32,
         )  # fmt: skip
         model = gpt_neox.build_gpt_neox_transformer(config, jax.random.key(0))
     else:
-        shape = {"embedding_dim": 32, "projection_dim": 8, "mlp_hidden_dim": 32, "num_decoder_blocks": 2}
+        shape = {"embedding_dim": 32, "projection_dim": 8, "mlp_hidden_dim": 32, "num_decoder_blocks": 2 if variant == "gemma2" else 1}
         given = {"mlp_variant": "swiglu", "tie_embedder_and_logits": False} | shape | LLAMALIKE[variant]
         config = llamalike_common.LlamalikeTransformerConfig(vocab_size=VOCABULARY, **given)
         model = llamalike_common.build_llamalike_transformer(config, jax.random.key(0))
@@ -70,7 +78,7 @@ def plain(x):
     return np.asarray(x.unwrap(*sorted(x.named_shape)))
 
 
-jitted = pz.variable_jit(lambda model, x: model(x))
+jitted = pz.variable_jit(lambda model, x, **sides: model(x, **sides))
 
 
 def attention_of(model):

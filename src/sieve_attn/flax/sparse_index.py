@@ -62,7 +62,13 @@ class SparseIndexAttention(Cached):
     def __call__(self, x: jax.Array) -> jax.Array:
         check_tokens(x, self.embed_dim)
         self._check_length(x.shape[1])
-        output = offset_attention(*self._project(x), self.pattern, upstream_compat=self.upstream_compat)
+        query, key, value = self._project(x)
+        output = offset_attention(query, key, value, self.pattern)
+        if self.upstream_compat:
+            # only there do global tokens lie inside of a window
+            first = min(self.global_tokens + self.window, x.shape[1])
+            again = self._gathered(*(y[:, :, :first] for y in (query, key, value)), jnp.arange(first))
+            output = jnp.concatenate([again.astype(output.dtype), output[:, :, first:]], 2)
         return self._finish(output)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any = None) -> None:
