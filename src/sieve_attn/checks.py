@@ -16,9 +16,17 @@ def error(argument: str, rule: str, value: Any, remedy: str, kind: type[Exceptio
 
 
 def positive_int(argument: str, value: Any, remedy: str, *, least: int = 1) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value.__index__()) < least:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise error(argument, f"must be an integer of at least {least}", repr(value), remedy)
-    return int(value.__index__())
+    try:
+        number = int(value.__index__())
+    except TypeError:
+        # an array that is being traced has the method and no number
+        rule = f"must be an integer of at least {least}, known when the call is traced"
+        raise error(argument, rule, type(value).__name__, remedy) from None
+    if number < least:
+        raise error(argument, f"must be an integer of at least {least}", repr(value), remedy)
+    return number
 
 
 def share(argument: str, value: Any, remedy: str, *, open_right: bool = False) -> float:

@@ -57,6 +57,12 @@ def view(x: Array) -> Any:
     return module().View(x.__array_interface__["data"][0], dtype, x.shape, [s // size for s in x.strides])
 
 
+def unreadable(x: Array) -> tuple[str, ...]:
+    """Why kernels cannot read and write ``x`` where it lies; empty if they can."""
+    # immutable, and perhaps not there yet: XLA itself hands such arrays over
+    return ("arrays of JAX go to kernels through sieve_attn.jax",) if hasattr(x, "unsafe_buffer_pointer") else ()
+
+
 def threads(like: Array) -> int:
     """How many threads a kernel may use: torch's count where torch is loaded."""
     torch = sys.modules.get("torch")

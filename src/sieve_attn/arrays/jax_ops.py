@@ -234,6 +234,9 @@ def matmul_precision(x) -> str:
 
 
 def autocast(*parts):
+    """JAX casts nothing by itself. What comes through this door must be known: the stages behind it depend on data."""
+    if any(isinstance(part, Tracer) for part in parts):
+        raise TypeError("`query` must be a concrete array here; got a JAX tracer; use sieve_attn.jax.attention under jit")
     return parts
 
 

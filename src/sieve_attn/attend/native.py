@@ -26,6 +26,8 @@ ROUNDING = Rounding(exponential=2.0**-18)  # weights of bf16 keys come from a sh
 
 def why_not(request: Any) -> tuple[str, ...]:
     reasons = list(native.missing())
+    if request.framework == "jax":
+        reasons.append("arrays of JAX go to kernels through sieve_attn.jax")
     if request.device != "cpu":
         reasons.append(f"kernels run on cpu, not on {request.device}")
     if request.dtype not in DTYPES:

@@ -52,11 +52,11 @@ class Case:
 
 def cases(settings: Settings) -> list[Case]:
     """All cases of a run in the order in which they are measured, one thread count after the other."""
-    from sieve_attn.bench import index, ternary
+    from sieve_attn.bench import index, jax, ternary
 
     makers = {
         "prefill": _prefill, "backward": _backward, "decode": _decode, "gate": _gate, "topk": _top_k,
-        "ternary": ternary.cases, "index": index.cases,
+        "ternary": ternary.cases, "index": index.cases, "jax": jax.cases,
     }  # fmt: skip
     return [_with_threads(case, t) for group in settings.groups for case in makers[group](settings) for t in settings.threads]
 
@@ -92,7 +92,7 @@ def _backward(settings: Settings) -> Iterator[Case]:
     return _attending(settings, "backward", BACKWARD, ("float32",))
 
 
-def _gates(n: int, density: float) -> dict[str, tuple[str, int]]:
+def gates(n: int, density: float) -> dict[str, tuple[str, int]]:
     """The two gates of the table as ``name: (policy, block size)``, keeping about ``density`` of a causal call.
 
     Blocks on the diagonal are always kept (64 keys a tile), so ``TopK`` gets what is left of the share.
@@ -108,13 +108,13 @@ def _gate(settings: Settings) -> Iterator[Case]:
     n, dtypes, dims = settings.n or LENGTH, settings.dtypes or ("bfloat16", "float32"), settings.head_dims or (64,)
     for dtype in dtypes:
         for dim in dims:
-            for name, (policy, block) in _gates(n, 0.1).items():
+            for name, (policy, block) in gates(n, 0.1).items():
                 held = GATE_PERCENT[name].get(dtype) if n >= LENGTH else None
                 targets = () if held is None else (Target("gate_percent", held, most=True),)
                 yield Case("gate", f"share: {name}", dtype, n, n, dim, block, policy=policy, targets=targets)
     for dtype in dtypes:
         for length in filter(settings.allows, BREAK_EVEN):
-            for name, (policy, block) in _gates(length, 0.1).items():
+            for name, (policy, block) in gates(length, 0.1).items():
                 targets = (Target("ratio_sdpa", 1.0),) if length >= 1024 else ()
                 yield Case("gate", f"break-even: {name}", dtype, length, length, dims[0], block, policy=policy, targets=targets)
         if settings.allows(1024):

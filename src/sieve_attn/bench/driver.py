@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sieve_attn.bench import index, ternary, timing
+from sieve_attn.bench import index, jax, ternary, timing
 from sieve_attn.bench.attending import backward, prefill
 from sieve_attn.bench.cases import Case, cases
 from sieve_attn.bench.gating import decode, gate
@@ -21,7 +21,7 @@ from sieve_attn.bench.top_k import top_k
 BUILDERS: dict[str, Callable[[Case, Settings], Prepared]] = {
     "prefill": prefill, "backward": backward, "gate": gate, "decode": decode, "topk": top_k,
     "ternary": ternary.prepare,
-    "index": index.index,
+    "index": index.index, "jax": jax.prepare,
 }  # fmt: skip
 
 
@@ -68,11 +68,13 @@ def clocked(row: Row, prepared: Prepared, settings: Settings) -> Row:
     others, reasons = usable({n: make for n, make in prepared.peers.items() if n in settings.peers or n == "naive"})
     if prepared.first is not None:
         prepared.call()
+    for call in prepared.beside.values():
+        call()
 
     def parts(name: str, result: Any) -> dict[str, float]:
         return prepared.parts(result) if name == "ours" else {}
 
-    times = timing.interleave({"ours": prepared.call, **others}, settings.repeats, parts)
+    times = timing.interleave({"ours": prepared.call, **others, **prepared.beside}, settings.repeats, parts)
     ms = {name: timing.median_ms(samples) for name, samples in times.items()}
     dense, sparse, flex = ms.get("sdpa", ms.get("naive")), ms["ours"], ms.get("flex")
     over = {name: ms[name] / sparse for name in others}
@@ -83,6 +85,7 @@ def clocked(row: Row, prepared: Prepared, settings: Settings) -> Row:
         ratio=min(over.values(), default=None), ratio_sdpa=over.get("sdpa"), ratio_flex=over.get("flex"), ideal=ideal,
         dense_ms=dense, sparse_ms=sparse, flex_ms=flex, gate_ms=ms.get("gate"), attend_ms=ms.get("attend"),
         gate_percent=100.0 * ms["gate"] / dense if dense and "gate" in ms else None,
+        ratio_front=ms["front"] / sparse if "front" in ms else None,
         bandwidth_share=None if floor is None else floor / sparse,
         samples=len(times["ours"]), spread=timing.spread(times["ours"]), notes=(*prepared.notes, *reasons),
     )  # fmt: skip

@@ -21,7 +21,8 @@ class Prepared:
     """``call`` is ours; its first result goes to ``check``, which returns what is wrong ("" if nothing) and fields of the row.
 
     ``peers`` are made only where they are asked for. ``first`` runs instead of ``call`` where the check needs more than the
-    timed call returns. ``parts``: seconds that a result knows about itself.
+    timed call returns. ``parts``: seconds that a result knows about itself. ``beside``: calls of ours that are clocked in
+    the same turns and are no peers; ``front`` is the PyTorch front-end.
     """
 
     call: Callable[[], Any]
@@ -30,6 +31,7 @@ class Prepared:
     first: Callable[[], Any] | None = None
     parts: Callable[[Any], dict[str, float]] = field(default=lambda result: {})
     notes: tuple[str, ...] = ()
+    beside: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
 
 def which_backend(query: Tensor, key: Tensor, value: Tensor, backend: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sieve_attn.checks import error, positive_int
 
 GROUPS = ("prefill", "backward", "decode", "gate", "topk", "ternary", "index")
+FRAMEWORKS = ("torch", "jax")  # JAX has a group of its own, `jax`
 PEERS = ("sdpa", "flex")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -35,9 +36,21 @@ class Settings:
     seed: int = 0
     quick: bool = False
     long: bool = False
+    framework: str = "torch"
 
     def __post_init__(self):
-        one_of("group", self.groups, GROUPS, "for the published benchmark run `sieve bench aether`")
+        one_of("framework", (self.framework,), FRAMEWORKS, "leave it out for PyTorch")
+        if self.framework == "jax":
+            if self.groups != GROUPS:
+                raise error("group", "must be left out with framework jax, which has one of its own", ", ".join(self.groups),
+                            "run `sieve bench --framework jax`")  # fmt: skip
+            object.__setattr__(self, "groups", ("jax",))
+        one_of(
+            "group",
+            self.groups,
+            (*GROUPS, "jax") if self.framework == "jax" else GROUPS,
+            "for the published benchmark run `sieve bench aether`",
+        )
         one_of("peers", self.peers, PEERS, "separate them by commas")
         if self.dtypes is not None:
             one_of("dtype", self.dtypes, DTYPES, "kernels are measured in these")

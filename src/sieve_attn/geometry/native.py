@@ -20,7 +20,7 @@ LARGEST_DIM = 512
 
 def why_not(key: Array, asked: Statistics) -> tuple[str, ...]:
     """Every reason why the kernels cannot summarise ``key``; empty if they can."""
-    reasons = list(native.missing())
+    reasons = [*native.missing(), *native.unreadable(key)]
     device = str(getattr(key, "device", "cpu")).partition(":")[0]
     if device != "cpu":
         reasons.append(f"kernels run on cpu, not on {device}")

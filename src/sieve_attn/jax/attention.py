@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from sieve_attn import checks
 from sieve_attn.checks import error
-from sieve_attn.jax import backends, stages
+from sieve_attn.jax import backends, ffi, stages
 from sieve_attn.jax import call as front
 from sieve_attn.jax import geometry as stage_geometry
 from sieve_attn.jax.report import Report
@@ -33,6 +33,7 @@ class Plan:
     report: bool
     chosen: Selection | None = None  # ranges, offsets: what follows from positions alone
     chooses: bool = False
+    threads: int = 1  # of the kernels: what was compiled for another count is compiled again
 
 
 def attention(
@@ -96,11 +97,13 @@ def attention(
             selection = to_selection(policy.keep.selection(call.q_len, call.kv_len, causal=call.causal), call)
     if geometry is not None and chooses:
         geometry_fits(geometry, call, policy)
+    if backend == "pallas" and chooses:
+        backends.pallas_fits(policy)
     name, why = backends.choose(backend, call, selection)
     if chooses and name != "reference":
         stages.check_pattern(policy)
     chosen = selection if isinstance(selection, Selection) else None
-    plan = Plan(policy, name, why, max_blocks, return_report, chosen, chooses)
+    plan = Plan(policy, name, why, max_blocks, return_report, chosen, chooses, ffi.threads())
     padded = selection if isinstance(selection, PaddedBlocks) else None
     if name == "reference":
         output, lse, report = backends.reference(call, plan, geometry, padded)
@@ -169,7 +172,7 @@ def select(
     if max_blocks is not None:
         max_blocks = checks.positive_int("max_blocks", max_blocks, "leave it out for room for every block")
     name, why = backends.choose("gather" if backend == "reference" else backend, call, None)
-    return _select(*_taken_apart(call), geometry, Plan(policy, name, why, max_blocks, False, chooses=True))
+    return _select(*_taken_apart(call), geometry, Plan(policy, name, why, max_blocks, False, chooses=True, threads=ffi.threads()))
 
 
 def manifold(query: Any, key: Any, policy: Policy, **options: Any) -> jax.Array:
@@ -244,6 +247,8 @@ def _run(held: dict, settled: tuple, geometry: Geometry | None, padded: PaddedBl
     overflow = None if padded is None else padded.overflow
     if kept is not None:
         kept = jnp.where(overflow, visible, kept)
+    else:
+        kept, visible = stages.count_keys(call, selection)
     report = Report(kept, visible, dense, overflow, padded, repr(plan.policy), plan.backend, plan.why, selected_by)
     return output, lse, report
 

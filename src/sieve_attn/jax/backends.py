@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sieve_attn import arrays, native, pipeline
+from sieve_attn import native, pipeline
 from sieve_attn.attend import native as kernels
 from sieve_attn.checks import error
 from sieve_attn.jax import call as front
 from sieve_attn.jax.report import Report
 from sieve_attn.jax.selection import PaddedBlocks
+from sieve_attn.policies import Policy
 from sieve_attn.types import Blocks, Call, Ranges, Selection
 
 ORDER = ("native", "gather", "pallas", "reference")  # auto takes native or gather
@@ -36,7 +37,14 @@ def why_not(name: str, call: Call, selection: PaddedBlocks | Selection | None) -
         return ("the reference's shapes depend on data, so it does not run under jit, grad or vmap",) if traced else ()
     if name == "native":
         return native_why_not(call)
-    return () if selection is None else module(name).why_not(selection)
+    return (*module(name).options_why_not(call), *(() if selection is None else module(name).why_not(selection)))
+
+
+def pallas_fits(policy: Policy) -> None:
+    """Refuse a policy whose tiles the Pallas kernel does not take, before it chooses."""
+    reasons = module("pallas").sizes_why_not(policy.query_tile, policy.block_size)
+    if reasons:
+        raise error("backend", f"cannot run this call: {'; '.join(reasons)}", "'pallas'", "use backend='auto'")
 
 
 def native_why_not(call: Call) -> tuple[str, ...]:
@@ -89,11 +97,11 @@ def reference(call: Call, plan: Any, geometry: Any, padded: PaddedBlocks | None)
     if not plan.report:
         return output, lse, None
     if not plan.chooses:
-        return output, lse, Report(None, None, None, None, padded, repr(plan.policy), "reference", plan.why, "")
+        overflow = None if padded is None else padded.overflow
+        return output, lse, Report(told.kept, told.visible, None, overflow, padded, repr(plan.policy), "reference", plan.why, "")
     chosen = PaddedBlocks.from_selection(told.selection)
     dense = jnp.zeros(told.kept.shape, bool)
     if plan.policy.selector.may_turn_dense:
         dense = told.kept == told.visible
-    assert arrays.namespace(told.kept).name == "jax"
     return output, lse, Report(told.kept, told.visible, dense, chosen.overflow, chosen, repr(plan.policy), "reference",
                                plan.why, "reference")  # fmt: skip

@@ -16,6 +16,7 @@ import numpy as np
 from sieve_attn.arrays import jax_ops as xp
 from sieve_attn.bounds import soft_cap
 from sieve_attn.jax.selection import PaddedBlocks
+from sieve_attn.jax.stages import in_part
 from sieve_attn.types import Call, Ranges, Rows, Selection
 
 TILE = 64
@@ -34,6 +35,11 @@ def attend(call: Call, selection: PaddedBlocks | Selection) -> tuple[jax.Array, 
         # what the ranges touch is known beforehand; single keys are masked inside of their blocks
         run = _everything if blocks.max_blocks >= blocks.blocks else _gathered
         return run(call, blocks, ranges)
+
+
+def options_why_not(call: Call) -> tuple[str, ...]:
+    """The gather takes every argument."""
+    return ()
 
 
 def why_not(selection: PaddedBlocks | Selection) -> tuple[str, ...]:
@@ -115,7 +121,7 @@ def _everything(call: Call, selection: PaddedBlocks, ranges: Ranges | None = Non
         blocks = xp.repeat_each(blocks, 1 if blocks.shape[1] == 1 else heads // blocks.shape[1], 1)
         mine = jnp.repeat(blocks, selection.kv_block, -1)[..., None, : call.kv_len]
         if ranges is not None:
-            mine = mine & _in_ranges(ranges, rows.position[:, None], jnp.arange(call.kv_len))
+            mine = mine & in_part(ranges, rows.position[:, None], jnp.arange(call.kv_len))
         return softmax(rows, key, value, mine, _sink(call))
 
     return _map_tiles(call, numbers, selection.lead, one, kept)
@@ -149,7 +155,7 @@ def _gathered(call: Call, selection: PaddedBlocks, ranges: Ranges | None = None)
         rows = _rows_at(call, jnp.clip(number, 0, call.q_len - 1), jnp.minimum(place, call.kv_len - 1))
         kept = xp.repeat_each(real, heads // choosers, 1)[:, :, None, :]
         if ranges is not None:
-            kept = kept & _in_ranges(ranges, rows.position[:, None], place[:, :1, None, :])
+            kept = kept & in_part(ranges, rows.position[:, None], place[:, :1, None, :])
         return softmax(rows, taken(blocked["key"], mine), taken(blocked["value"], mine), kept, _sink(call))
 
     return _map_tiles(call, numbers, selection.lead, one, index)
@@ -183,11 +189,6 @@ def _rows_at(call: Call, number: jax.Array, place: jax.Array) -> Rows:
         visible, bias = visible & ~hidden, jnp.where(hidden, 0.0, bias)
     query = call.compute("query")[:, :, number]
     return Rows(query, position[:, 0], visible, visible, call.scale, call.softcap, bias, call.sink)
-
-
-def _in_ranges(ranges: Ranges, position: jax.Array, key: jax.Array) -> jax.Array:
-    near = (key > position - ranges.window) & (key < position + (ranges.window if ranges.two_sided else 1))
-    return (key < ranges.prefix) | near
 
 
 def static_blocks(call: Call, ranges: Ranges) -> PaddedBlocks:

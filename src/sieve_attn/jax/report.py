@@ -14,13 +14,14 @@ from sieve_attn.jax.selection import PaddedBlocks, static
 @partial(jax.tree_util.register_dataclass)
 @dataclass(frozen=True)
 class Report:
-    """``kept`` and ``visible`` count keys [batch, heads, tiles], once a (tile, block) pair; ``dense_tiles`` and ``overflow``,
-    of the same shape, mark tiles that turned dense: the first because the policy may, the second because they wanted more than
-    ``max_blocks`` blocks. ``kept`` counts the keys that are attended to, overflow included. None where no block was chosen.
+    """``kept`` and ``visible`` count keys [batch, heads, tiles], once a (tile, block) pair, overflow included; where no blocks
+    were chosen, (query, key) pairs [batch, q_heads, 1] in fp32. ``dense_tiles`` and ``overflow`` [batch, heads, tiles] mark tiles
+    that turned dense: the first because the policy may, the second because they wanted more than ``max_blocks`` blocks; None
+    where there is no such choice.
     """
 
-    kept: jax.Array | None
-    visible: jax.Array | None
+    kept: jax.Array
+    visible: jax.Array
     dense_tiles: jax.Array | None
     overflow: jax.Array | None
     selection: PaddedBlocks | None
@@ -32,15 +33,11 @@ class Report:
     @property
     def density(self) -> jax.Array:
         """Kept over visible (tile, block) pairs, weighted by keys; 1 where nothing was chosen or is visible."""
-        if self.kept is None:
-            return jnp.ones(())
         seen = self.visible.sum(dtype=jnp.float32)
         return jnp.where(seen > 0, self.kept.sum(dtype=jnp.float32) / jnp.maximum(seen, 1.0), 1.0)
 
     @property
     def density_per_head(self) -> jax.Array:
         """[batch, heads] densities."""
-        if self.kept is None:
-            return jnp.ones(())
         seen = self.visible.sum(-1, dtype=jnp.float32)
         return jnp.where(seen > 0, self.kept.sum(-1, dtype=jnp.float32) / jnp.maximum(seen, 1.0), 1.0)

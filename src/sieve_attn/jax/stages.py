@@ -13,11 +13,12 @@ from sieve_attn import pipeline
 from sieve_attn.arrays import jax_ops as xp
 from sieve_attn.certify.reference import require_full_precision
 from sieve_attn.checks import error
+from sieve_attn.jax.selection import PaddedBlocks
 from sieve_attn.patterns import Sinks, Window
 from sieve_attn.patterns.base import members
 from sieve_attn.policies import Policy
 from sieve_attn.selection.reference import Chosen, Tiles, choose
-from sieve_attn.types import Call, Geometry
+from sieve_attn.types import Call, Geometry, Offsets, Ranges, Selection
 from sieve_attn.types.call import CHUNK_BYTES
 
 
@@ -45,6 +46,44 @@ def row_numbers(call: Call, size: int, tiles: int) -> np.ndarray:
     number = np.arange(tiles * size).reshape(tiles, size) - lead
     number = np.where(number < 0, min(size - 1 - lead, call.q_len - 1), number)
     return np.minimum(number, call.q_len - 1)
+
+
+def count_keys(call: Call, selection: PaddedBlocks | Selection) -> tuple[jax.Array, jax.Array]:
+    """``(kept, visible)`` keys [batch, q_heads, 1] of a selection that was not chosen here, a tile of queries at a time."""
+    batch, heads = call.query.shape[:2]
+    size = selection.q_block if isinstance(selection, PaddedBlocks) else 64
+    lead = selection.lead if isinstance(selection, PaddedBlocks) else 0
+    tiles = -(-(call.q_len + lead) // size)
+    numbers = jnp.arange(tiles * size).reshape(tiles, size) - lead
+    blocks = jnp.moveaxis(selection.to_tiles(), 2, 0) if isinstance(selection, PaddedBlocks) else jnp.zeros((tiles, 0))
+
+    def one(given):
+        number, mine = given
+        rows = replace(call, shared={}).rows_at(jnp.clip(number, 0, call.q_len - 1))
+        real = ((number >= 0) & (number < call.q_len))[:, None]
+        seen = jnp.broadcast_to(rows.visible & real, (batch, heads, size, call.kv_len))
+        if isinstance(selection, PaddedBlocks):
+            mine = xp.repeat_each(mine, 1 if mine.shape[1] == 1 else heads // mine.shape[1], 1)
+            kept = jnp.repeat(mine, selection.kv_block, -1)[..., None, : call.kv_len]
+        else:
+            kept = jnp.zeros((), bool)
+            for part in selection.parts:
+                kept = kept | in_part(part, rows.position[:, None], jnp.arange(call.kv_len)[None, :])
+        return (seen & kept).sum((2, 3), dtype=jnp.float32), seen.sum((2, 3), dtype=jnp.float32)
+
+    kept, visible = jax.lax.map(one, (numbers, blocks))
+    return kept.sum(0)[..., None], visible.sum(0)[..., None]
+
+
+def in_part(part: Ranges | Offsets, position: jax.Array, key: jax.Array) -> jax.Array:
+    """Whether the query at ``position`` keeps ``key``; arrays that broadcast."""
+    if isinstance(part, Ranges):
+        near = (key > position - part.window) & (key < position + (part.window if part.two_sided else 1))
+        return (key < part.prefix) | near
+    apart = position - key
+    table = np.zeros(part.kv_len + 1, bool)
+    table[[s for s in part.offsets if s <= part.kv_len]] = True
+    return jnp.asarray(table)[jnp.clip(apart, 0, part.kv_len)] & (apart >= 0) & (key >= part.first_key)
 
 
 def choose_tiles(call: Call, geometry: Geometry, policy: Policy) -> Chosen:

@@ -30,7 +30,7 @@ SELECTORS = {TopK: 0, TargetSparsity: 1, Threshold: 2, RelativeThreshold: 3, Mas
 
 def why_not(call: Call, geometry: Geometry, policy: Any, per_query: bool) -> tuple[str, ...]:
     """Every reason why the kernels cannot choose for this call; empty if they can."""
-    reasons = list(native.missing())
+    reasons = [*native.missing(), *native.unreadable(call.query)]
     device = str(getattr(call.query, "device", "cpu")).partition(":")[0]
     if device != "cpu":
         reasons.append(f"kernels run on cpu, not on {device}")

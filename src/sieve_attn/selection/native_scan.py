@@ -38,7 +38,7 @@ DIGITS = 3  # integers of 8 bits that stand for a channel of an exact query
 
 def why_not(call: Call, geometry: Geometry, policy: Any, per_query: bool) -> tuple[str, ...]:
     """Every reason why this gate cannot choose for ``call``; empty if it can."""
-    reasons = list(native.missing())
+    reasons = [*native.missing(), *native.unreadable(call.query)]
     device = str(getattr(call.query, "device", "cpu")).partition(":")[0]
     dtype = str(call.query.dtype).rpartition(".")[2]
     rule, scorer = type(policy.selector), type(policy.scorer)
