@@ -12,7 +12,7 @@ from sieve_attn.checks import error
 from sieve_attn.flax.aether import AetherAttention
 from sieve_attn.flax.sparse_causal import SparseCausalAttention
 from sieve_attn.flax.sparse_index import SparseIndexAttention
-from sieve_attn.flax.ternary import TernaryLinear
+from sieve_attn.flax.ternary import Rotation, TernaryLinear
 
 TERNARY = ("in_features", "out_features", "quantize", "per_row", "hadamard", "lsq")
 INDEX = ("embed_dim", "offsets", "heads", "window", "global_tokens", "seq_len_max")
@@ -44,9 +44,7 @@ def from_torch(module: Any) -> nnx.Module:
         )
         for name in ("in_proj", "out_proj"):
             linear, target = getattr(module, name), getattr(made, name)
-            # nnx.Linear computes in the dtype of its inputs and parameters, promoted
-            target.kernel[...] = _to_jax(linear.weight).T
-            target.bias[...] = _to_jax(linear.bias)
+            target.kernel, target.bias = nnx.Param(_to_jax(linear.weight).T), nnx.Param(_to_jax(linear.bias))
         return made
     known = "AetherAttention, SparseCausalAttention, SparseIndexAttention, TernaryLinear"
     raise error("module", f"must be one of sieve_attn.layers: {known}", type(module).__name__, "convert its parts", TypeError)
@@ -84,11 +82,11 @@ def to_torch(module: nnx.Module) -> Any:
 
 def _ternary_from_torch(module: Any) -> TernaryLinear:
     made = TernaryLinear(*(getattr(module, name) for name in TERNARY), rngs=nnx.Rngs(0))
-    made.weight[...] = _to_jax(module.weight)
+    made.weight = nnx.Param(_to_jax(module.weight))
     if module.lsq:
-        made.scale[...] = _to_jax(module.scale)
+        made.scale = nnx.Param(_to_jax(module.scale))
     if made.rotation is not None:
-        made.rotation[...] = _to_jax(module.rotation.matrix)
+        made.rotation = Rotation(_to_jax(module.rotation.matrix))
     return made
 
 

@@ -1,13 +1,13 @@
 """Sparse attention for Penzai models: a layer to put in the place of ``pz.nn.Attention``, and a view of what it keeps."""
 
-try:
-    import penzai as _penzai  # noqa: F401
-    import treescope as _treescope  # noqa: F401
-except ModuleNotFoundError as missing:
-    raise ModuleNotFoundError(
-        f"`sieve_attn.penzai` needs {missing.name}, which is not installed; install it with `pip install 'sieve-attn[penzai]'`",
-        name=missing.name,
-    ) from None
+from importlib.util import find_spec
+
+for _name in ("jax", "penzai", "treescope"):
+    if find_spec(_name) is None:
+        raise ModuleNotFoundError(
+            f"`sieve_attn.penzai` needs {_name}, which is not installed; install it with `pip install 'sieve-attn[penzai]'`",
+            name=_name,
+        )
 
 from sieve_attn.penzai.caching import KVCachingGeometricSparseAttention, kv_caching
 from sieve_attn.penzai.layer import GeometricSparseAttention
