@@ -48,7 +48,12 @@ def build(variant):
         )  # fmt: skip
         model = gpt_neox.build_gpt_neox_transformer(config, jax.random.key(0))
     else:
-        shape = {"embedding_dim": 32, "projection_dim": 8, "mlp_hidden_dim": 32, "num_decoder_blocks": 2 if variant == "gemma2" else 1}
+        shape = {
+            "embedding_dim": 32,
+            "projection_dim": 8,
+            "mlp_hidden_dim": 32,
+            "num_decoder_blocks": 2 if variant == "gemma2" else 1,
+        }
         given = {"mlp_variant": "swiglu", "tie_embedder_and_logits": False} | shape | LLAMALIKE[variant]
         config = llamalike_common.LlamalikeTransformerConfig(vocab_size=VOCABULARY, **given)
         model = llamalike_common.build_llamalike_transformer(config, jax.random.key(0))

@@ -80,7 +80,9 @@ def test_steps_stay_sparse_and_read_what_the_policy_keeps():
 def test_padding_in_the_prompt_is_no_token():
     model = build("mistral")
     x = tokens(24, batch=2)
-    padded = pz.nx.wrap(np.where((np.arange(24) % 5 == 0) & (np.arange(2) == 1)[:, None], 0, x.unwrap("batch", "seq")), "batch", "seq")
+    padded = pz.nx.wrap(
+        np.where((np.arange(24) % 5 == 0) & (np.arange(2) == 1)[:, None], 0, x.unwrap("batch", "seq")), "batch", "seq"
+    )
     made = kv_caching(sparse(model, threshold=EVERYTHING, block_size=8), 40, BATCH)
     dense = KVCachingTransformerLM.from_uncached(model, 40, BATCH)
     real = np.asarray(padded.unwrap("batch", "seq")) > 0
@@ -117,7 +119,7 @@ def test_what_cannot_follow_a_cache():
 
     with pytest.raises(ValueError, match=r"`masks` must go by token positions to follow a cache; got ExplicitMask.*'seen'"):
         kv_caching(with_masks((ExplicitMask("seen"),)), 32, BATCH)
-    with pytest.raises(ValueError, match="must read key positions from 'token_positions'.*got 'places'"):
+    with pytest.raises(ValueError, match=r"must read key positions from 'token_positions'.*got 'places'"):
         kv_caching(with_masks((CausalMask(kv_positions="places"),)), 32, BATCH)
     with pytest.raises(TypeError, match="`model` must be a TransformerLM; got Sequential"):
         kv_caching(model.body, 32, BATCH)

@@ -54,7 +54,7 @@ def test_contractions_that_are_no_attention():
     odd = pz.nn.NamedEinsum((("seq", "projection"), ("seq", "projection")), ("projection",))
     with pytest.raises(ValueError, match="`query_key_to_attn` must contract one axis of queries and keys and keep all others"):
         read(dataclasses.replace(attn, query_key_to_attn=pz.nn.Sequential([odd, *attn.query_key_to_attn.sublayers[1:]])))
-    with pytest.raises(ValueError, match="`attn_value_to_output` must start with the pz.nn.NamedEinsum of attention weights"):
+    with pytest.raises(ValueError, match=r"`attn_value_to_output` must start with the pz.nn.NamedEinsum of attention weights"):
         read(dataclasses.replace(attn, attn_value_to_output=pz.nn.Identity()))
     with pytest.raises(TypeError, match=r"`attn` must be a pz.nn.Attention; got Sequential; select with .at_instances_of"):
         read(attn.query_key_to_attn)
@@ -62,7 +62,7 @@ def test_contractions_that_are_no_attention():
 
 def test_surgery_inside_of_jit():
     attn = pz.freeze_params(changed(pz.nn.TanhSoftCap(jnp.float32(5.0))))
-    with pytest.raises(ValueError, match="`TanhSoftCap.soft_cap` must be a concrete number while layers are replaced"):
+    with pytest.raises(ValueError, match=r"`TanhSoftCap.soft_cap` must be a concrete number while layers are replaced"):
         jax.jit(lambda attn: read(attn).scale)(attn)
 
 
@@ -73,7 +73,10 @@ def test_sizes_and_thresholds_are_static():
         ({"block_size": 0}, "`block_size` must be an integer of at least 1; got 0"),
         ({"threshold": float("nan")}, "`threshold` must be a number and not NaN"),
         ({"policy": "adaptive(mass=2.0)"}, r"`mass` must lie in"),
-        ({"policy": "adaptive(mass=0.9)", "block_size": 8}, "`policy` holds blocks and thresholds itself; got `block_size` besides"),
+        (
+            {"policy": "adaptive(mass=0.9)", "block_size": 8},
+            "`policy` holds blocks and thresholds itself; got `block_size` besides",
+        ),
         ({"max_blocks": 0}, "`max_blocks` must be an integer of at least 1"),
     ]:
         with pytest.raises(ValueError, match=text):
@@ -97,10 +100,16 @@ GOOD = {
     "value": {"head_groups": 2, "seq": 4, "projection": 8},
 }
 AXES = [
-    ({"key": {"seq": 4, "projection": 8}}, r"`key` must have the named axes .*'head_groups'.*\['head_groups'\] missing: tag them"),
+    (
+        {"key": {"seq": 4, "projection": 8}},
+        r"`key` must have the named axes .*'head_groups'.*\['head_groups'\] missing: tag them",
+    ),
     ({"query": GOOD["query"] | {"beam": 3}}, r"`key` must have the batch axes of `query`, \{'beam': 3\}.*got \{\}"),
     ({"key": GOOD["key"] | {"query_heads": 2}}, r"none of its own heads; got \{'query_heads': 2\}"),
-    ({"key": GOOD["key"] | {"projection": 4}}, r"must agree on the sizes of the axes that they share; got \{'projection': \(8, 4\)\}"),
+    (
+        {"key": GOOD["key"] | {"projection": 4}},
+        r"must agree on the sizes of the axes that they share; got \{'projection': \(8, 4\)\}",
+    ),
     ({"value": GOOD["value"] | {"seq": 5}}, r"got \{'seq of key and value': \(4, 5\)\}"),
 ]
 
@@ -130,7 +139,9 @@ def test_side_inputs_that_are_missing_or_short():
     x = named(seq=4, embedding=32)
     positions = {"token_positions": pz.nx.arange("seq", 4)}
     other = dataclasses.replace(layer, masks=(CausalMask("places", "places"),))
-    with pytest.raises(ValueError, match=r"side input 'places'` must be given to a layer whose mask reads it; got side inputs \['tok"):
+    with pytest.raises(
+        ValueError, match=r"side input 'places'` must be given to a layer whose mask reads it; got side inputs \['tok"
+    ):
         other(x, **positions)
     with pytest.raises(ValueError, match="side input 'places'` must have length 4 along 'seq'; got 3; give one position a token"):
         other(x, places=pz.nx.arange("seq", 3), **positions)
@@ -159,7 +170,9 @@ def test_axes_without_a_reading():
 def test_a_missing_package_is_named_with_its_remedy(missing, module, how):
     program = f"import sys; sys.modules[{missing!r}] = None\ntry: {how.format(module)}\nexcept ModuleNotFoundError as e: print(e)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    wanted = f"`sieve_attn.{module}` needs {missing}, which is not installed; install it with `pip install 'sieve-attn[{module}]'`"
+    wanted = (
+        f"`sieve_attn.{module}` needs {missing}, which is not installed; install it with `pip install 'sieve-attn[{module}]'`"
+    )
     assert done.stdout.strip() == wanted, done.stderr
 
 

@@ -21,7 +21,9 @@ POLICY = "top_blocks(k=1, sinks=0, window=8)"
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_threshold_of_minus_infinity_is_the_dense_model(variant):
     model, x = build(variant), tokens(batch=2)
-    np.testing.assert_allclose(plain(jitted(sparse(model, threshold=EVERYTHING, block_size=8), x)), plain(jitted(model, x)), **CLOSE)
+    np.testing.assert_allclose(
+        plain(jitted(sparse(model, threshold=EVERYTHING, block_size=8), x)), plain(jitted(model, x)), **CLOSE
+    )
 
 
 @pytest.mark.parametrize("variant", ["llama_stacked", "gemma2"])
@@ -115,7 +117,9 @@ def test_explicit_masks_and_scales_between_the_layers(axes):
 
 @pytest.mark.parametrize("how", ["at once", "jitted"])
 def test_a_causal_mask_given_explicitly_leaks_nothing_into_the_choice(how):
-    layer = GeometricSparseAttention.from_attention(rescaled_and_masked_explicitly(), policy="top_blocks(k=1, sinks=0, window=0, query_stride=1)")
+    layer = GeometricSparseAttention.from_attention(
+        rescaled_and_masked_explicitly(), policy="top_blocks(k=1, sinks=0, window=0, query_stride=1)"
+    )
     rows = pz.nx.arange("seq", 128)
     sides = {"seen": rows >= rows.untag("seq").tag("kv_seq"), "token_positions": rows}
     x = activations(seq=128)

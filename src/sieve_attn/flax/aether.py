@@ -65,6 +65,13 @@ class AetherAttention(nnx.Module):
             bias = bias[None, None] if bias.ndim == 2 else bias[:, None] if bias.ndim == 3 else bias
         policy = policies.Aether(self.sparsity_threshold, self.block_size)
         output = attention(
-            flat(query), flat(key), flat(value), policy, causal=self.causal, scale=self.scale, bias=bias, max_blocks=self.max_blocks
+            flat(query),
+            flat(key),
+            flat(value),
+            policy,
+            causal=self.causal,
+            scale=self.scale,
+            bias=bias,
+            max_blocks=self.max_blocks,
         )
         return output.swapaxes(1, 2).reshape(*query.shape[:-1], value.shape[-1])

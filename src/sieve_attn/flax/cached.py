@@ -52,11 +52,16 @@ class Cached(nnx.Module):
 
     def _needs_cache(self, x: jax.Array, width: int) -> None:
         if self.cached_key is None:
-            raise checks.error("cache", "must be made before the first step", "no cache", "call init_cache(batch_size, max_length)")
+            raise checks.error(
+                "cache", "must be made before the first step", "no cache", "call init_cache(batch_size, max_length)"
+            )
         batch = self.cached_key.shape[0]
         if x.ndim != 3 or (x.shape[0], x.shape[2]) != (batch, width) or 0 in x.shape:
             raise checks.error(
-                "x", f"must have shape [{batch}, new, {width}], the batch of the cache", f"shape {x.shape}", "use one cache a batch"
+                "x",
+                f"must have shape [{batch}, new, {width}], the batch of the cache",
+                f"shape {x.shape}",
+                "use one cache a batch",
             )
 
 

@@ -32,16 +32,12 @@ def from_torch(module: Any) -> nnx.Module:
     if type(module) is layers.TernaryLinear:
         return _ternary_from_torch(module)
     if type(module) is layers.SparseCausalAttention:
-        made = SparseCausalAttention(
-            module.d_model, module.d_head, module.top_k, module.query.quantize, module.heads, rngs=rngs
-        )
+        made = SparseCausalAttention(module.d_model, module.d_head, module.top_k, module.query.quantize, module.heads, rngs=rngs)
         for name in ("query", "key", "value"):
             setattr(made, name, _ternary_from_torch(getattr(module, name)))
         return made
     if type(module) is layers.SparseIndexAttention:
-        made = SparseIndexAttention(
-            *(getattr(module, name) for name in INDEX), upstream_compat=module.upstream_compat, rngs=rngs
-        )
+        made = SparseIndexAttention(*(getattr(module, name) for name in INDEX), upstream_compat=module.upstream_compat, rngs=rngs)
         for name in ("in_proj", "out_proj"):
             linear, target = getattr(module, name), getattr(made, name)
             target.kernel, target.bias = nnx.Param(_to_jax(linear.weight).T), nnx.Param(_to_jax(linear.bias))

@@ -21,9 +21,9 @@ class SparseIndexAttention(Cached):
     tokens, the last ``window`` tokens, the token itself and the tokens at ``offsets`` before it.
 
     ``in_proj`` (embed_dim -> 3 embed_dim) and ``out_proj`` are ``nnx.Linear`` with bias. ``x`` [batch, len, embed_dim] gives the
-    same shape. Token by token: ``layer.init_cache(batch, max_length)``, then ``y = layer.step(x)`` with x [batch, new, embed_dim],
-    whose rows equal those of the full call; a step reads the kept keys alone. ``upstream_compat`` counts global tokens inside of
-    the window twice, as PrimeAttention.jl does.
+    same shape. Token by token: ``layer.init_cache(batch, max_length)``, then ``y = layer.step(x)`` with x [batch, new,
+    embed_dim], whose rows equal those of the full call; a step reads the kept keys alone. ``upstream_compat`` counts global
+    tokens inside of the window twice, as PrimeAttention.jl does.
 
     Raises ValueError for sizes that do not fit, beyond ``seq_len_max`` (None takes any length), and for an ``x`` of another
     shape. Under ``jit`` a step beyond the cache gives NaN.
@@ -86,7 +86,7 @@ class SparseIndexAttention(Cached):
         return output if fits is None else jnp.where(fits, output, jnp.nan)
 
     def _gathered(self, query: jax.Array, key: jax.Array, value: jax.Array, position: jax.Array) -> jax.Array:
-        """Attention of queries [batch, heads, new, dim] at ``position`` [new] to the keys that the pattern names, and no others."""
+        """Attention of queries [batch, heads, new, dim] at ``position`` [new] to the keys that the pattern names alone."""
         found = reach(self.pattern, key.shape[2])
         offsets = jnp.asarray(found.offsets[found.offsets < key.shape[2]])
         front = jnp.arange(min(found.prefix, key.shape[2]))

@@ -2,12 +2,11 @@
 
 from importlib.util import find_spec
 
-for _name in ("jax", "penzai", "treescope"):
-    if find_spec(_name) is None:
-        raise ModuleNotFoundError(
-            f"`sieve_attn.penzai` needs {_name}, which is not installed; install it with `pip install 'sieve-attn[penzai]'`",
-            name=_name,
-        )
+if missing := [name for name in ("jax", "penzai", "treescope") if find_spec(name) is None]:
+    raise ModuleNotFoundError(
+        f"`sieve_attn.penzai` needs {missing[0]}, which is not installed; install it with `pip install 'sieve-attn[penzai]'`",
+        name=missing[0],
+    )
 
 from sieve_attn.penzai.caching import KVCachingGeometricSparseAttention, kv_caching
 from sieve_attn.penzai.layer import GeometricSparseAttention

@@ -177,12 +177,15 @@ def kv_caching(
 def _follow_cache(mask: Any) -> CausalMask:
     if not isinstance(mask, CausalMask):
         raise error(
-            "masks", "must go by token positions to follow a cache", repr(mask), "apply the layers without it, or keep pz.nn.Attention"
+            "masks",
+            "must go by token positions to follow a cache",
+            repr(mask),
+            "apply the layers without it, or keep pz.nn.Attention",
         )
     if mask.kv_positions != UNCACHED:
         raise error(
-            "masks", f"must read key positions from {UNCACHED!r}, which the cache replaces by {CACHED!r}", repr(mask.kv_positions),
-            "rename the side input",
+            "masks", f"must read key positions from {UNCACHED!r}, which the cache replaces by {CACHED!r}",
+            repr(mask.kv_positions), "rename the side input",
         )  # fmt: skip
     return dataclasses.replace(mask, kv_positions=CACHED)
 

@@ -88,7 +88,11 @@ class GeometricSparseAttention(pz.nn.Layer):
         """
         if type(attn) is not pz.nn.Attention:
             raise error(
-                "attn", "must be a pz.nn.Attention", type(attn).__name__, "select with .at_instances_of(pz.nn.Attention)", TypeError
+                "attn",
+                "must be a pz.nn.Attention",
+                type(attn).__name__,
+                "select with .at_instances_of(pz.nn.Attention)",
+                TypeError,
             )
         if policy is not None and (block_size is not None or threshold is not None):
             given = "threshold" if block_size is None else "block_size"

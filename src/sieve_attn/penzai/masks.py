@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from penzai import pz
 
 from sieve_attn.jax import manifold
-from sieve_attn.penzai.named import Layout
 from sieve_attn.patterns import Pattern
+from sieve_attn.penzai.named import Layout
 from sieve_attn.policies import Policy
 
 HIDDEN, PRUNED, KEPT = 0, 1, 2

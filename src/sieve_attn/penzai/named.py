@@ -124,13 +124,19 @@ def pack(
 
 def _named(name: str, x: Any, allowed: set[str] | None, needed: set[str]) -> pz.nx.NamedArrayBase:
     if not isinstance(x, pz.nx.NamedArrayBase):
-        raise error(name, "must be a NamedArray", type(x).__name__, f"wrap it: pz.nx.wrap(x, {', '.join(map(repr, sorted(needed)))})")
+        raise error(
+            name, "must be a NamedArray", type(x).__name__, f"wrap it: pz.nx.wrap(x, {', '.join(map(repr, sorted(needed)))})"
+        )
     if x.positional_shape:
         raise error(name, "must have named axes only", f"positional axes of shape {x.positional_shape}", "tag them with names")
     missing = needed - {*x.named_shape}
     if missing:
-        raise error(name, f"must have the named axes {sorted(needed)}", f"{dict(x.named_shape)}", f"{sorted(missing)} missing: tag them")
+        raise error(
+            name, f"must have the named axes {sorted(needed)}", f"{dict(x.named_shape)}", f"{sorted(missing)} missing: tag them"
+        )
     unknown = set() if allowed is None else {*x.named_shape} - allowed
     if unknown:
-        raise error(name, f"may have the named axes {sorted(allowed)}", f"unknown axes {sorted(unknown)}", "rename or slice them away")
+        raise error(
+            name, f"may have the named axes {sorted(allowed)}", f"unknown axes {sorted(unknown)}", "rename or slice them away"
+        )
     return x

@@ -146,9 +146,13 @@ def _axes(logits: tuple, weighted: tuple) -> AttentionAxes:
         raise error("query_key_to_attn", "must contract one axis of queries and keys and keep all others", described, KEEP)
     sequence, kv_sequence, projection = key[kv[0]], out[kv[0]], query[met[0]]
     rows = [i for i in own if query[i] == sequence]
-    renamed = [query[i] for i in (*common, *own) if query[i] != out[i]] + [query[i] for i in (*met, *common) if query[i] != key[i]]
+    renamed = [query[i] for i in (*common, *own) if query[i] != out[i]] + [
+        query[i] for i in (*met, *common) if query[i] != key[i]
+    ]
     if len(rows) != 1 or renamed or kv_sequence == sequence:
-        raise error("query_key_to_attn", "must name the axes of queries and keys alike, but for the keys' sequence", described, KEEP)
+        raise error(
+            "query_key_to_attn", "must name the axes of queries and keys alike, but for the keys' sequence", described, KEEP
+        )
     heads = {query[i] for i in common}
     query_heads = tuple(query[i] for i in own if i != rows[0])
     attn, value, result = weighted

@@ -153,7 +153,10 @@ def _densities(mask: ManifoldMask) -> Any:
     if values.size > LISTED:
         return figures.inline("density by head: ", treescope.render_array(density, continuous=True, vmin=0, vmax=1))
     index = itertools.product(*(range(n) for n in values.shape))
-    each = ("%s: %.3f" % (", ".join(f"{n} {i}" for n, i in zip(names, at, strict=True)) or "all", values[at]) for at in index)
+    each = []
+    for at in index:
+        head = ", ".join(f"{name} {i}" for name, i in zip(names, at, strict=True)) or "all"
+        each.append(f"{head}: {values[at]:.3f}")
     return "density by head: " + "; ".join(each)
 
 

@@ -60,11 +60,7 @@ def see(
 
 
 def positional(
-    positions: list[tuple[int | None, jax.Array, jax.Array]],
-    batch: int,
-    q_len: int,
-    kv_len: int,
-    dense: jax.Array | None,
+    positions: list[tuple[int | None, jax.Array, jax.Array]], batch: int, q_len: int, kv_len: int, dense: jax.Array | None
 ) -> Visibility:
     """Causal order from ``(window, query positions [batch | 1, q_len], key positions [batch | 1, kv_len])`` and a dense mask.
 
@@ -130,7 +126,7 @@ def _unordered(dense: jax.Array | None, q_len: int, kv_len: int) -> Visibility:
 def _side_input(side_inputs: dict[Any, Any], name: str) -> Any:
     if name not in side_inputs:
         raise error(
-            f"side input {name!r}", "must be given to a layer whose mask reads it", f"side inputs {sorted(map(str, side_inputs))}",
-            "call the whole model, or pass it as a keyword argument",
+            f"side input {name!r}", "must be given to a layer whose mask reads it",
+            f"side inputs {sorted(map(str, side_inputs))}", "call the whole model, or pass it as a keyword argument",
         )  # fmt: skip
     return side_inputs[name]
