@@ -45,7 +45,7 @@ def test_sampling_with_every_block_gives_the_tokens_of_the_dense_model(variant):
     # a random model samples any token, so none may mean padding
     made = kv_caching(sparse(model, threshold=EVERYTHING, block_size=8), 32, BATCH, pad_id=-1)
     dense = Jitted(KVCachingTransformerLM.from_uncached(model, 32, BATCH, pad_id=-1))
-    np.testing.assert_array_equal(sample(made if variant == "llama" else Jitted(made), prompt), sample(dense, prompt))
+    np.testing.assert_array_equal(sample(Jitted(made), prompt), sample(dense, prompt))
     assert pz.select(made).at_instances_of(KVCachingGeometricSparseAttention).count() in (1, 2)
     assert pz.select(made).at_instances_of(pz.nn.KVCachingAttention).count() == 0
 
@@ -55,7 +55,7 @@ def test_a_prefill_in_pieces_chooses_what_one_prefill_chooses(variant, how):
     thin, x = sparse(build(variant), threshold=35.0, block_size=4), tokens(48, batch=2)
     wanted = plain(jitted(thin, x))
     assert np.abs(wanted - plain(jitted(build(variant), x))).max() > 1e-2
-    caching = kv_caching(thin, 64, BATCH)
+    caching = kv_caching(thin, 66, BATCH)  # not a whole number of blocks
     run = jitted if how == "jitted" else lambda model, x: model(x)
     pieces = [plain(run(caching, part(x, *ends))) for ends in ((0, 28), (28, 48))]
     np.testing.assert_allclose(np.concatenate(pieces, 1), wanted, **CLOSE)

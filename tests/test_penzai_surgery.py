@@ -117,16 +117,18 @@ def test_explicit_masks_and_scales_between_the_layers(axes):
 
 @pytest.mark.parametrize("how", ["at once", "jitted"])
 def test_a_causal_mask_given_explicitly_leaks_nothing_into_the_choice(how):
-    layer = GeometricSparseAttention.from_attention(
-        rescaled_and_masked_explicitly(), policy="top_blocks(k=1, sinks=0, window=0, query_stride=1)"
-    )
+    # queries 64..79 see a part of the second block, whose mean holds keys after them
+    policy = "Policy(Euclidean(), TopK(1), block_size=64, query_tile=16)"
+    layer = GeometricSparseAttention.from_attention(rescaled_and_masked_explicitly(), policy=policy)
     rows = pz.nx.arange("seq", 128)
     sides = {"seen": rows >= rows.untag("seq").tag("kv_seq"), "token_positions": rows}
-    x = activations(seq=128)
-    other = pz.nx.concatenate([x[{"seq": pz.slice[:64]}], 10 * activations(seed=8, seq=64)], "seq")
+    start = activations(seq=80)
     run = jitted if how == "jitted" else lambda layer, x, **sides: layer(x, **sides)
-    one, two = (np.asarray(run(layer, y, **sides).unwrap("seq", "embedding")) for y in (x, other))
-    np.testing.assert_allclose(one[:64], two[:64], **CLOSE)
+    ends = [scale * activations(seed=8, seq=48) for scale in (0.0, 10.0, -10.0)]
+    made = [run(layer, pz.nx.concatenate([start, end], "seq"), **sides) for end in ends]
+    one, two, three = (np.asarray(y.unwrap("seq", "embedding"))[:80] for y in made)
+    np.testing.assert_allclose(one, two, **CLOSE)
+    np.testing.assert_allclose(one, three, **CLOSE)
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral"])
