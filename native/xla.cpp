@@ -48,8 +48,9 @@ View spread(View v, const Attention& a) {
 std::vector<int64_t> edges_of(const Frame& f, int64_t item, int64_t kv_len) {
   const View v = f.input("cu_seqlens", 1, item);
   std::vector<int64_t> edges;
-  for (int64_t i = 0; v.data && i < v.shape[3]; ++i) edges.push_back(v.dtype == I64 ? data<int64_t>(v)[i] : data<int32_t>(v)[i]);
   if (!v.data) return edges;
+  if (v.dtype != I32) throw std::invalid_argument("`cu_seqlens` must be int32");
+  edges.assign(data<int32_t>(v), data<int32_t>(v) + v.shape[3]);
   bool rises = !edges.empty() && edges.front() == 0 && edges.back() == kv_len;
   for (size_t i = 1; rises && i < edges.size(); ++i) rises = edges[i] > edges[i - 1];
   if (!rises)
@@ -79,7 +80,8 @@ void choose_padded(const Frame& f, int64_t item, Prepared& p) {
   c.lead = f.integer("lead");
   const int64_t tiles = indices.shape[2], room = indices.shape[3], rows = c.batch * c.heads * tiles;
   bool fits = c.q_block >= 1 && c.kv_block >= 1 && c.lead >= 0 && c.lead < c.q_block &&
-              tiles == (p.a.q.shape[2] + c.lead + c.q_block - 1) / c.q_block && counts.shape[1] * counts.shape[2] * counts.shape[3] == rows;
+              tiles == (p.a.q.shape[2] + c.lead + c.q_block - 1) / c.q_block && counts.dtype == I32 && indices.dtype == I32 &&
+              counts.shape[1] * counts.shape[2] * counts.shape[3] == rows;
   const int64_t blocks = fits ? (p.a.k.shape[2] + c.kv_block - 1) / c.kv_block : 0;
   p.row_ptr.assign(1, 0);
   for (int64_t r = 0; fits && r < rows; ++r) {
@@ -97,8 +99,8 @@ void choose_padded(const Frame& f, int64_t item, Prepared& p) {
     p.row_ptr.push_back(static_cast<int64_t>(p.block_index.size()));
   }
   if (!fits)
-    throw std::invalid_argument("`selection` must list the blocks of every tile in increasing order, each below " + std::to_string(blocks) +
-                                "; got others; make it with sieve_attn.jax.select or PaddedBlocks.from_tiles");
+    throw std::invalid_argument("`selection` must list the blocks of every tile in increasing order, each below " +
+                                std::to_string(blocks) + "; got others; make it with select or PaddedBlocks.from_tiles");
   c.row_ptr = p.row_ptr.data();
   c.block_index = p.block_index.data();
 }
@@ -268,7 +270,8 @@ void run_select(const Frame& f, int64_t item) {
     t.round_queries = f.integer("round_queries");
     // [bits, batch, kv_heads, kv_len * bytes]
     const int64_t row = planes.shape[2] * planes.shape[3];
-    t.planes = View{planes.data, U8, {t.sketch_bits, planes.shape[0], planes.shape[1], row}, {plane_stride, planes.shape[1] * row, row, 1}};
+    t.planes = View{planes.data, U8, {t.sketch_bits, planes.shape[0], planes.shape[1], row},
+                    {plane_stride, planes.shape[1] * row, row, 1}};
   }
   t.key_scale = flat(f.input("key_scale", 3, item), 3);
   t.channel_scale = flat(f.input("channel_scale", 3, item), 3);
@@ -290,7 +293,8 @@ void run_select(const Frame& f, int64_t item) {
   const Gated found = gate(t);
   const Places places(f, item);
   for (size_t r = 0; r < found.list.size(); ++r)
-    places.put(static_cast<int64_t>(r), found.list[r].data(), static_cast<int64_t>(found.list[r].size()), found.kept[r], found.visible[r], found.dense[r]);
+    places.put(static_cast<int64_t>(r), found.list[r].data(), static_cast<int64_t>(found.list[r].size()), found.kept[r],
+               found.visible[r], found.dense[r]);
 }
 
 void run_scan(const Frame& f, int64_t item) {
@@ -341,8 +345,8 @@ void run_scan(const Frame& f, int64_t item) {
   const Chosen found = choose(g);
   const Places places(f, item);
   for (size_t r = 0; r + 1 < found.row_ptr.size(); ++r)
-    places.put(static_cast<int64_t>(r), found.block.data() + found.row_ptr[r], found.row_ptr[r + 1] - found.row_ptr[r], found.kept[r],
-               found.visible[r], found.dense[r]);
+    places.put(static_cast<int64_t>(r), found.block.data() + found.row_ptr[r], found.row_ptr[r + 1] - found.row_ptr[r],
+               found.kept[r], found.visible[r], found.dense[r]);
 }
 
 OffsetAttention offsets_of(const Frame& f, int64_t item, const std::vector<int64_t>& list) {
@@ -365,8 +369,9 @@ void run_offsets(const Frame& f, int64_t item) {
 
 void run_offsets_backward(const Frame& f, int64_t item) {
   const std::vector<int64_t> list = f.list("offsets");
-  const OffsetGradients g{f.input("d_output", 4, item), data<float>(f.input("lse", 3, item)), data<float>(f.input("shift", 3, item)),
-                          f.output("d_query", 4, item), f.output("d_key", 4, item), f.output("d_value", 4, item)};
+  const OffsetGradients g{f.input("d_output", 4, item), data<float>(f.input("lse", 3, item)),
+                          data<float>(f.input("shift", 3, item)), f.output("d_query", 4, item), f.output("d_key", 4, item),
+                          f.output("d_value", 4, item)};
   attend_offsets_backward(offsets_of(f, item, list), g);
 }
 
@@ -389,9 +394,9 @@ xla::Error* handle(xla::CallFrame* call) {
   const xla::Version& theirs = call->api->api_version;
   if (theirs.major_version != xla::MAJOR || theirs.minor_version < xla::MINOR)
     return fail(*call, xla::FAILED_PRECONDITION,
-                "the kernels were written for XLA's foreign function interface " + std::to_string(xla::MAJOR) + "." + std::to_string(xla::MINOR) +
-                    " and this jaxlib has " + std::to_string(theirs.major_version) + "." + std::to_string(theirs.minor_version) +
-                    "; install jax>=0.10 or use backend='gather'");
+                "the kernels were written for XLA's foreign function interface " + std::to_string(xla::MAJOR) + "." +
+                    std::to_string(xla::MINOR) + " and this jaxlib has " + std::to_string(theirs.major_version) + "." +
+                    std::to_string(theirs.minor_version) + "; install jax>=0.10 or use backend='gather'");
   if (call->stage != xla::EXECUTE) return fail(*call, xla::INVALID_ARGUMENT, "handlers execute and do nothing else");
   try {
     const Frame frame(*call);

@@ -27,7 +27,7 @@ DType dtype_of(xla::DataType t) {
 Frame::Frame(const xla::CallFrame& call) : call_(call) {
   name_all("inputs", call.args, inputs_);
   name_all("outputs", call.rets, outputs_);
-  // `mapped` says how many axes arrays have by themselves only through the rank that is asked for; the first array is of rank 4
+  // of its own the first array of every call has 4 axes: queries or keys
   const xla::Buffer& first = *inputs_.at(0).buffer;
   const int64_t extra = first.rank - 4;
   if (extra < 0) throw std::invalid_argument("`" + inputs_[0].name + "` must have 4 axes; got " + std::to_string(first.rank));
@@ -41,13 +41,16 @@ void Frame::name_all(const char* attribute, const xla::Args& args, std::vector<N
   std::istringstream words(text(attribute));
   std::string word;
   while (words >> word) {
-    if (static_cast<int64_t>(into.size()) >= args.size) throw std::invalid_argument(std::string("`") + attribute + "` names more arrays than there are");
+    if (static_cast<int64_t>(into.size()) >= args.size)
+      throw std::invalid_argument(std::string("`") + attribute + "` names more arrays than there are");
     const auto* b = static_cast<const xla::Buffer*>(args.args[into.size()]);
-    if (b->struct_size < sizeof(xla::Buffer)) throw std::runtime_error("XLA's buffers are smaller than those that the kernels were written for");
+    if (b->struct_size < sizeof(xla::Buffer))
+      throw std::runtime_error("XLA's buffers are smaller than those that the kernels were written for");
     into.push_back({word, b});
   }
   if (into.empty() || static_cast<int64_t>(into.size()) != args.size)
-    throw std::invalid_argument(std::string("`") + attribute + "` must name every array, got " + std::to_string(into.size()) + " names for " + std::to_string(args.size));
+    throw std::invalid_argument(std::string("`") + attribute + "` must name every array, got " + std::to_string(into.size()) +
+                                " names for " + std::to_string(args.size));
 }
 
 const Frame::Named* Frame::find(const std::vector<Named>& from, const char* name) {
@@ -58,7 +61,9 @@ const Frame::Named* Frame::find(const std::vector<Named>& from, const char* name
 
 int64_t Frame::first_element(const xla::Buffer& b, int rank, int64_t item) const {
   const int64_t extra = static_cast<int64_t>(mapped_.size());
-  if (b.rank != rank + extra) throw std::invalid_argument("an array has " + std::to_string(b.rank) + " axes where " + std::to_string(rank + extra) + " belong");
+  if (b.rank != rank + extra)
+    throw std::invalid_argument("an array has " + std::to_string(b.rank) + " axes where " + std::to_string(rank + extra) +
+                                " belong");
   int64_t size = 1, at = 0;
   for (int64_t i = extra; i < b.rank; ++i) size *= b.dims[i];
   for (int64_t i = extra - 1; i >= 0; --i) {
@@ -113,7 +118,8 @@ int64_t Frame::attribute_of(const char* name) const {
 
 std::string Frame::text(const char* name) const {
   const int64_t i = attribute_of(name);
-  if (i < 0 || call_.attrs.types[i] != xla::ATTR_STRING) throw std::invalid_argument(std::string("attribute `") + name + "` must be a text");
+  if (i < 0 || call_.attrs.types[i] != xla::ATTR_STRING)
+    throw std::invalid_argument(std::string("attribute `") + name + "` must be a text");
   const auto* s = static_cast<const xla::Span*>(call_.attrs.attrs[i]);
   return std::string(s->ptr, s->len);
 }
@@ -140,7 +146,8 @@ std::vector<int64_t> Frame::list(const char* name) const {
   const int64_t i = attribute_of(name);
   if (i < 0) return {};
   const auto* a = static_cast<const xla::Array*>(call_.attrs.attrs[i]);
-  if (call_.attrs.types[i] != xla::ATTR_ARRAY || a->dtype != xla::S64) throw std::invalid_argument(std::string("attribute `") + name + "` must be a list of int64");
+  if (call_.attrs.types[i] != xla::ATTR_ARRAY || a->dtype != xla::S64)
+    throw std::invalid_argument(std::string("attribute `") + name + "` must be a list of int64");
   const auto* from = static_cast<const int64_t*>(a->data);
   return std::vector<int64_t>(from, from + a->size);
 }

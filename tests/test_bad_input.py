@@ -126,7 +126,7 @@ def test_a_policy_must_be_one():
     refuse(lambda: attention(Q, K, None), "`value`", "array", "None", kind=TypeError)
     with pytest.raises(TypeError, match="arrays must all come from one of torch, numpy"):
         attention(Q.numpy(), K, V)
-    with pytest.raises(TypeError, match="arrays must all come from one of torch, numpy; got list"):
+    with pytest.raises(TypeError, match="arrays must all come from one of torch, numpy, jax; got list"):
         attention([[1.0]], [[1.0]], [[1.0]])
 
 

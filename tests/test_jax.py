@@ -1,5 +1,11 @@
 """The JAX front-end equals the PyTorch one on the same arrays: output, selection and gradients, eagerly, under jit and vmap."""
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,22 +71,24 @@ def gradients_of(query, key, value, bias, sink, policy, **options):
 
 @pytest.mark.parametrize("backend", ["native", "gather"])
 def test_gradients_equal_those_of_pytorch(backend):
-    query, key, value = arrays(60, 80)
+    query, key, value = arrays(60, 140)
     rng = np.random.default_rng(1)
-    bias, sink = rng.standard_normal((1, 4, 60, 80)).astype(np.float32), rng.standard_normal(4).astype(np.float32)
-    key_mask = rng.random((2, 80)) > 0.1
+    bias, sink = rng.standard_normal((1, 4, 60, 140)).astype(np.float32), rng.standard_normal(4).astype(np.float32)
+    key_mask = rng.random((2, 140)) > 0.1
     policy = P.TopBlocks(2, sinks=1, window=8)
-    options = {"causal": True, "softcap": 8.0, "window": 60, "key_mask": key_mask}
+    options = {"causal": True, "softcap": 8.0, "window": 100, "key_mask": key_mask}
 
     @jax.jit
     def loss(query, key, value, bias, sink):
-        out, lse = sj.attention(
-            query, key, value, policy, bias=bias, sink=sink, max_blocks=5, backend=backend, return_lse=True, **options
-        )
+        out, lse, report = sj.attention(
+            query, key, value, policy, bias=bias, sink=sink, max_blocks=8, backend=backend, return_lse=True,
+            return_report=True, **options,
+        )  # fmt: skip
         pull = jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
-        return (out * pull).sum() + (lse * pull[..., 0]).sum()
+        return (out * pull).sum() + (lse * pull[..., 0]).sum(), report.overflow
 
-    ours = jax.grad(loss, (0, 1, 2, 3, 4))(query, key, value, bias, sink)
+    ours, overflow = jax.grad(loss, (0, 1, 2, 3, 4), has_aux=True)(query, key, value, bias, sink)
+    assert not bool(overflow.any()), "the gather must run, not the branch that reads everything"
     for mine, other in zip(ours, gradients_of(query, key, value, bias, sink, policy, **options), strict=True):
         assert np.abs(other).max() > 0.01
         assert far_apart(mine, other) < 2e-5
@@ -100,20 +108,23 @@ def test_a_dropped_block_gets_exactly_zero_gradient():
 
 
 def test_masks_options_and_packing_equal_pytorch():
-    query, key, value = arrays(90, 90, batch=1)
-    mask = np.random.default_rng(2).random((1, 1, 90, 90)) > 0.2
-    edges = np.array([0, 30, 70, 90], np.int32)
+    query, key, value = arrays(160, 160, batch=1)
+    mask = np.random.default_rng(2).random((1, 1, 160, 160)) > 0.2
+    edges = np.array([0, 30, 70, 160], np.int32)
     for options in ({"mask": mask, "window": 40, "softcap": 5.0}, {"cu_seqlens": edges}):
         policy = P.TopBlocks(1, sinks=0, window=8)
         told = {n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in options.items()}
         theirs = sieve_attn.attention(*torch_of(query, key, value), policy, causal=True, **told)
         for backend in ("native", "gather"):
-            # room for three of six blocks: the gather runs, and packed arrays stay tracers
+            # room for eight of ten blocks: the gather runs, and packed offsets stay tracers
             run = jax.jit(lambda q, k, v, o, b=backend, s=options, policy=policy: sj.attention(
-                q, k, v, policy, causal=True, max_blocks=4, backend=b, **({n: x for n, x in s.items() if n not in o} | o)
+                q, k, v, policy, causal=True, max_blocks=8, backend=b, return_report=True,
+                **({n: x for n, x in s.items() if n not in o} | o)
             ))  # fmt: skip
             traced = {n: jnp.asarray(x) for n, x in options.items() if isinstance(x, np.ndarray)}
-            assert far_apart(run(query, key, value, traced), theirs) < 5e-6, (backend, options.keys())
+            ours, report = run(query, key, value, traced)
+            assert not bool(report.overflow.any())
+            assert far_apart(ours, theirs) < 5e-6, (backend, options.keys())
 
 
 def test_packed_offsets_that_are_traced_are_checked_when_the_call_runs():
@@ -267,13 +278,73 @@ def test_short_sequences_turn_dense_where_the_policy_says_so():
     assert far_apart(sj.attention(query, key, value, policy), sj.attention(query, key, value)) == 0
 
 
-def test_a_key_after_a_query_changes_nothing():
-    query, key, value = arrays(96, 96)
-    policy = P.TopBlocks(1, sinks=1, window=8)
-    run = jax.jit(lambda k, v: sj.attention(query, k, v, policy, causal=True, max_blocks=6, backend="gather"))
+@pytest.mark.parametrize("backend", ["native", "gather"])
+def test_a_key_after_a_query_changes_nothing(backend):
+    # the first tile holds positions 96 to 127, the keys of the others change
+    query, key, value = arrays(96, 192)
+    run = jax.jit(lambda k, v: sj.attention(
+        query, k, v, P.TopBlocks(1, sinks=1, window=8), causal=True, max_blocks=8, backend=backend, return_report=True
+    ))  # fmt: skip
     late_key, late_value = key.copy(), value.copy()
-    late_key[:, :, 70:] += 100.0
-    late_value[:, :, 70:] = np.nan
-    before, after = run(key, value), run(late_key, late_value)
-    assert far_apart(before[:, :, :64], after[:, :, :64]) == 0
-    assert np.isfinite(np.asarray(after[:, :, :64])).all()
+    late_key[:, :, 128:] += 100.0
+    # choosing sees keys alone, so values tell of leaks inside of the tile
+    late_value[:, :, 110:] = np.nan
+    (before, report), (after, _) = run(key, value), run(late_key, late_value)
+    assert not bool(report.overflow.any())
+    assert far_apart(before[:, :, :14], after[:, :, :14]) == 0
+    assert np.isfinite(np.asarray(after[:, :, :14])).all()
+    assert not np.isfinite(np.asarray(after[:, :, 14])).any()
+
+
+def test_nothing_of_queries_by_keys_is_in_the_compiled_module():
+    length = 4096
+    shape = jax.ShapeDtypeStruct((1, 1, length, 16), jnp.float32)
+    run = jax.jit(lambda q, k, v: sj.attention(q, k, v, P.TopBlocks(12), causal=True))
+    compiled = run.lower(shape, shape, shape).compile()
+    memory = compiled.memory_analysis()
+    # booleans of that shape would already be too many
+    assert memory.temp_size_in_bytes < length * length // 8
+    pull = jax.jit(jax.grad(lambda q, k, v: run(q, k, v).sum(), (0, 1, 2))).lower(shape, shape, shape).compile()
+    assert pull.memory_analysis().temp_size_in_bytes < length * length // 4
+    text = compiled.as_text()
+    assert f"{length},{length}" not in text
+    assert 'custom_call_target="sieve_attn_attend"' in text
+
+
+def test_the_gather_holds_nothing_of_queries_by_keys_either():
+    length = 4096
+    shape = jax.ShapeDtypeStruct((1, 1, length, 16), jnp.float32)
+    blocks = sj.PaddedBlocks(
+        jax.ShapeDtypeStruct((1, 1, 64), jnp.int32), jax.ShapeDtypeStruct((1, 1, 64, 8), jnp.int32), length, length, 64, 16
+    )
+    run = jax.jit(lambda q, k, v, chosen: sj.attend(q, k, v, chosen, causal=True, backend="gather"))
+    compiled = run.lower(shape, shape, shape, blocks).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < length * length
+    assert f"{length},{length}" not in compiled.as_text()
+
+
+def test_two_devices_run_side_by_side():
+    """pmap needs its devices before JAX starts, hence a process of its own."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import jax, numpy as np; from jax_inputs import arrays; import sieve_attn.jax as sj\n"
+        "from sieve_attn import policies as P\n"
+        "given = arrays(32, 64, batch=4); many = [x.reshape(2, 2, *x.shape[1:]) for x in given]\n"
+        "one = lambda q, k, v: sj.attention(q, k, v, P.TopBlocks(1, sinks=1, window=8), causal=True)\n"
+        "apart = jax.pmap(jax.value_and_grad(lambda *x: one(*x).sum()))(*many)[1]\n"
+        "whole = jax.grad(lambda *x: one(*x).sum())(*given)\n"
+        "print(jax.device_count(), np.array_equal(np.asarray(apart).reshape(whole.shape), whole))"
+    )
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout == "2 True\n", done.stderr
+
+
+def test_calls_from_several_threads_do_not_meet():
+    query, key, value = arrays(64, 128)
+    run = jax.jit(lambda q: sj.attention(q, key, value, P.TopBlocks(1, sinks=1, window=8), causal=True))
+    alone = [np.asarray(run(query * n)) for n in range(1, 5)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda n: np.asarray(run(query * n)), range(1, 5)))
+    for mine, other in zip(together, alone, strict=True):
+        assert (mine == other).all()

@@ -138,6 +138,11 @@ def test_geometries_and_selections_of_other_calls_are_refused():
         sj.attend(QUERY[:, :, :8], KEY, VALUE, chosen)
     with pytest.raises(ValueError, match=r"`selection` must have batch 1 or 1 and heads 1, 2 or 4; got batch 2, heads 2"):
         sj.attend(QUERY[:1], KEY[:1], VALUE[:1], chosen)
+    torn = sj.PaddedBlocks(chosen.counts[:, :, :0], chosen.indices, 16, 32, 64, 16)
+    with pytest.raises(ValueError, match=r"`selection` must have counts \[batch, heads, 1\] and indices of that shape"):
+        sj.attend(QUERY, KEY, VALUE, torn)
+    with pytest.raises(ValueError, match=r"`selection.kv_block` must be an integer of at least 1; got 0"):
+        sj.attend(QUERY, KEY, VALUE, sj.PaddedBlocks(chosen.counts, chosen.indices, 16, 32, 64, 0))
     with pytest.raises(TypeError, match=r"`selection` must be a PaddedBlocks or a Selection; got list"):
         sj.attend(QUERY, KEY, VALUE, [])
     with pytest.raises(ValueError, match=r"`policy` must be given, or block_size and statistics instead"):
@@ -146,7 +151,9 @@ def test_geometries_and_selections_of_other_calls_are_refused():
 
 def test_blocks_outside_of_the_keys_are_refused_when_the_call_runs():
     wrong = sj.PaddedBlocks(jnp.ones((1, 1, 1), jnp.int32), jnp.full((1, 1, 1, 1), 7, jnp.int32), 16, 32, 64, 16)
-    with pytest.raises(Exception, match=r"`selection` must list the blocks of every tile in increasing order, each below 2"):
+    with pytest.raises(
+        Exception, match=r"`selection` must list the blocks of every tile in increasing order, each below 2; got others"
+    ):
         jax.block_until_ready(sj.attend(QUERY, KEY, VALUE, wrong))
 
 

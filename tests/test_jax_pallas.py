@@ -16,13 +16,13 @@ def chosen(query, key, max_blocks, **options):
     return sj.select(query, key, P.TopBlocks(1, sinks=1, window=8), causal=True, max_blocks=max_blocks, **options)
 
 
-@pytest.mark.parametrize("max_blocks", [8, 5])
-def test_interpreted_it_equals_the_native_kernels(max_blocks):
-    # head dims that are no power of two, a ragged tail, grouped heads, a lead, and with 5 places tiles that overflow
+@pytest.mark.parametrize(("max_blocks", "causal"), [(8, True), (2, True), (2, False)])
+def test_interpreted_it_equals_the_native_kernels(max_blocks, causal):
+    # head dims that are no power of two, a ragged tail, grouped heads, a lead, and with 2 places tiles that overflow
     query, key, value = arrays(70, 100, q_heads=4, kv_heads=2, dim=12, v_dim=20)
-    blocks = chosen(query, key, max_blocks)
-    assert bool(blocks.overflow.any()) == (max_blocks == 5)
-    options = {"causal": True, "softcap": 9.0, "window": 90}
+    blocks = sj.select(query, key, P.TopBlocks(1 if causal else 3, sinks=1, window=8), causal=causal, max_blocks=max_blocks)
+    assert bool(blocks.overflow.any()) == (max_blocks == 2)
+    options = {"causal": causal, "softcap": 9.0, "window": 90}
     for mine, other in zip(
         sj.attend(query, key, value, blocks, backend="pallas", **options),
         sj.attend(query, key, value, blocks, backend="native", **options), strict=True,

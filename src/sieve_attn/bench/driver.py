@@ -85,7 +85,7 @@ def clocked(row: Row, prepared: Prepared, settings: Settings) -> Row:
         ratio=min(over.values(), default=None), ratio_sdpa=over.get("sdpa"), ratio_flex=over.get("flex"), ideal=ideal,
         dense_ms=dense, sparse_ms=sparse, flex_ms=flex, gate_ms=ms.get("gate"), attend_ms=ms.get("attend"),
         gate_percent=100.0 * ms["gate"] / dense if dense and "gate" in ms else None,
-        ratio_front=ms["front"] / sparse if "front" in ms else None,
+        ratio_naive=over.get("naive"), ratio_front=ms["front"] / sparse if "front" in ms else None,
         bandwidth_share=None if floor is None else floor / sparse,
         samples=len(times["ours"]), spread=timing.spread(times["ours"]), notes=(*prepared.notes, *reasons),
     )  # fmt: skip

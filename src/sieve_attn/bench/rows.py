@@ -39,7 +39,8 @@ class Row:
 
     ``density``: kept over visible keys, counted by (query tile, key block). ``ideal``: the ``ratio`` at which choosing costs
     nothing and every kept key costs what a dense one does, ``1 / density``; for ``decode`` the ratio at the byte floor.
-    ``ratio_front``: the PyTorch front-end's time over ours, where another front-end is measured.
+    ``ratio_naive``: over the naive form, which for ``jax`` is ``jax.nn.dot_product_attention``; ``ratio_front``: the PyTorch
+    front-end's time over ours, where another front-end is measured.
     ``dense_ms``: the dense peer (SDPA; for ``topk`` the naive form). ``flex_ms``: FlexAttention on the very same selection.
     ``ratio``: fastest peer over ``sparse_ms``. ``peak_mb``: growth of resident memory in the first call, output included;
     ``resident_mb``: the process at that moment. ``gate_ms`` and ``attend_ms``: the parts of ``sparse_ms`` that chose and that
@@ -61,6 +62,7 @@ class Row:
     ratio: float | None = None
     ratio_sdpa: float | None = None
     ratio_flex: float | None = None
+    ratio_naive: float | None = None
     ratio_front: float | None = None
     dense_ms: float | None = None
     sparse_ms: float | None = None

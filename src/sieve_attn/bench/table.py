@@ -21,6 +21,7 @@ TITLES = {
     "topk": "topk: exact top-k attention, causal, against the naive form",
     "ternary": "ternary: packed weights, cached steps and the recurrence, against dense forms",
     "index": "index: number-theoretic attention, causal, against dense attention",
+    "jax": "jax: whole jitted causal calls, choosing included, against dense attention of PyTorch and of JAX",
 }
 COMMON = ("dtype", "n", "m", "head_dim", "block", "threads", "backend")
 FIGURES = {
@@ -33,15 +34,18 @@ FIGURES = {
     "topk": ("density", "ideal", "ratio", "dense_ms", "sparse_ms", "peak_mb"),
     "ternary": ("ratio", "dense_ms", "sparse_ms", "peak_mb"),
     "index": ("density", "ideal", "ratio_sdpa", "ratio", "dense_ms", "sparse_ms", "peak_mb"),
+    "jax": ("density", "ideal", "ratio_sdpa", "ratio_naive", "ratio_front", "dense_ms", "sparse_ms", "peak_mb"),
 }  # fmt: skip
 HEADS = {
-    "n": "N", "m": "M", "head_dim": "D", "ratio_sdpa": "x SDPA", "ratio_flex": "x Flex", "dense_ms": "dense ms",
+    "n": "N", "m": "M", "head_dim": "D", "ratio_sdpa": "x SDPA", "ratio_flex": "x Flex",
+    "ratio_naive": "x naive", "ratio_front": "x PyTorch's ours", "dense_ms": "dense ms",
     "flex_ms": "Flex ms", "sparse_ms": "ours ms", "gate_ms": "gate ms", "attend_ms": "attend ms", "peak_mb": "peak MB",
     "dropped_mass": "dropped", "gate_percent": "gate / dense", "bytes_mb": "MB read", "floor_ms": "floor ms",
     "bandwidth_share": "floor / ours",
 }  # fmt: skip
 SHORT = {
     "ratio_flex": "Flex",
+    "ratio_front": "PyTorch's ours",
     "bandwidth_share": "bandwidth",
     "resident_mb": "resident MB",
     "peak_mb": "MB",

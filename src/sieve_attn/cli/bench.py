@@ -61,7 +61,7 @@ def run(
     quick: Annotated[bool, typer.Option("--quick", help="1,024 tokens, 8,192 keys, 3 repeats, one thread.")] = False,
     long: Annotated[bool, typer.Option("--long", help="Also 128K and 1M tokens, and top-k at 64K.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="Print what would run, and stop.")] = False,
-    framework: Annotated[str, typer.Option("--framework", help="torch, or jax: the jitted front-end, lengths 4K to 16K.")] = "torch",
+    framework: Annotated[str, typer.Option("--framework", help="torch, or jax: its jitted calls, 4K to 16K.")] = "torch",
     compare: Annotated[Path | None, typer.Option("--compare", help="An earlier --json; ratios 10 % below it are exit 1.")] = None,
     seed: Seed = 0, backend: o.Backend = "auto",
 ) -> None:  # fmt: skip

@@ -193,7 +193,14 @@ def to_selection(selection: Any, call: Call) -> PaddedBlocks | Selection:
         if any(isinstance(part, Ranges) for part in selection.parts) or selection.blocks is None:
             return selection
         return PaddedBlocks.from_selection(selection)
-    batch, heads = selection.counts.shape[:2]
+    for name in ("q_block", "kv_block"):
+        checks.positive_int(f"selection.{name}", getattr(selection, name), "make it with select or PaddedBlocks.from_tiles")
+    shape = tuple(selection.counts.shape)
+    if len(shape) != 3 or tuple(selection.indices.shape[:-1]) != shape or shape[2] != selection.tiles or not selection.max_blocks:
+        raise error("selection", f"must have counts [batch, heads, {selection.tiles}] and indices of that shape times max_blocks",
+                    f"shapes {shape} and {tuple(selection.indices.shape)}",
+                    "make it with select or PaddedBlocks.from_tiles")  # fmt: skip
+    batch, heads = shape[:2]
     if batch not in (1, call.query.shape[0]) or heads not in (1, call.key.shape[1], call.query.shape[1]):
         raise error("selection", f"must have batch 1 or {call.query.shape[0]} and heads 1, {call.key.shape[1]} or "
                     f"{call.query.shape[1]}", f"batch {batch}, heads {heads}", "select again for these inputs")  # fmt: skip

@@ -7,7 +7,6 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from sieve_attn import native, pipeline
 from sieve_attn.attend import native as kernels
@@ -100,8 +99,5 @@ def reference(call: Call, plan: Any, geometry: Any, padded: PaddedBlocks | None)
         overflow = None if padded is None else padded.overflow
         return output, lse, Report(told.kept, told.visible, None, overflow, padded, repr(plan.policy), "reference", plan.why, "")
     chosen = PaddedBlocks.from_selection(told.selection)
-    dense = jnp.zeros(told.kept.shape, bool)
-    if plan.policy.selector.may_turn_dense:
-        dense = told.kept == told.visible
-    return output, lse, Report(told.kept, told.visible, dense, chosen.overflow, chosen, repr(plan.policy), "reference",
+    return output, lse, Report(told.kept, told.visible, None, chosen.overflow, chosen, repr(plan.policy), "reference",
                                plan.why, "reference")  # fmt: skip

@@ -48,6 +48,7 @@ def make(query: Any, key: Any, value: Any, *, scale: Any, dropout: float = 0.0, 
     edges = options["cu_seqlens"]
     if edges is not None and (edges.ndim != 1 or not jnp.issubdtype(edges.dtype, jnp.integer)):
         raise error("cu_seqlens", "must be one axis of integers", f"{edges.dtype} of shape {edges.shape}", "pass int32 offsets")
+    options["cu_seqlens"] = edges = None if edges is None else edges.astype(jnp.int32)
     checked = {name: options.get(name) for name in ("mask", "key_mask", "bias", "softcap", "cu_seqlens", "sink", "window")}
     if isinstance(edges, jax.core.Tracer):
         # where sequences begin is known only when the call runs; kernels check it then

@@ -23,7 +23,8 @@ def attend(call: Call, selection: PaddedBlocks | Selection) -> tuple[jax.Array, 
     numbers = {"causal": call.causal, "scale": call.scale, "window": -1 if call.window is None else call.window,
                "softcap": call.softcap or 0.0}  # fmt: skip
     if isinstance(selection, PaddedBlocks):
-        others |= {"counts": selection.counts, "indices": selection.indices}
+        # handlers read int32
+        others |= {name: getattr(selection, name).astype(jnp.int32) for name in ("counts", "indices")}
         numbers |= {name: getattr(selection, name) for name in ("q_block", "kv_block", "lead")}
     else:
         numbers |= _of_positions(selection)

@@ -17,7 +17,7 @@ class Report:
     """``kept`` and ``visible`` count keys [batch, heads, tiles], once a (tile, block) pair, overflow included; where no blocks
     were chosen, (query, key) pairs [batch, q_heads, 1] in fp32. ``dense_tiles`` and ``overflow`` [batch, heads, tiles] mark tiles
     that turned dense: the first because the policy may, the second because they wanted more than ``max_blocks`` blocks; None
-    where there is no such choice.
+    where there is no such choice, and from the reference, which has room for every block and does not tell which turned.
     """
 
     kept: jax.Array
