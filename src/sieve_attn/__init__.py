@@ -23,8 +23,8 @@ _NAMES = {
     "sparsify": "sieve_attn.transformers",
 }
 _MODULES = (
-    "aether", "certify", "evaluation", "functional", "geometry", "jax", "layers", "llm", "patterns", "policies", "scores",
-    "selection", "testing", "torch", "transformers", "types",
+    "aether", "certify", "evaluation", "flax", "functional", "geometry", "jax", "layers", "llm", "patterns", "penzai", "policies",
+    "scores", "selection", "testing", "torch", "transformers", "types",
 )  # fmt: skip
 
 __all__ = [*_NAMES, *_MODULES]
@@ -45,8 +45,8 @@ def __getattr__(name):
         if name in _MODULES:
             return import_module(f"sieve_attn.{name}")
     except ModuleNotFoundError as missing:
-        if missing.name not in _EXTRAS:
-            raise
+        if missing.name not in _EXTRAS or name in ("flax", "penzai"):
+            raise  # those two say it themselves
         models = _NAMES.get(name, f"sieve_attn.{name}") in ("sieve_attn.llm", "sieve_attn.transformers", "sieve_attn.evaluation")
         remedy = f"install it with `pip install 'sieve-attn[{'hf' if models else _EXTRAS[missing.name]}]'`"
         raise ModuleNotFoundError(

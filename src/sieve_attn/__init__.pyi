@@ -1,12 +1,14 @@
 from sieve_attn import aether as aether
 from sieve_attn import certify as certify
 from sieve_attn import evaluation as evaluation
+from sieve_attn import flax as flax
 from sieve_attn import functional as functional
 from sieve_attn import geometry as geometry
 from sieve_attn import jax as jax
 from sieve_attn import layers as layers
 from sieve_attn import llm as llm
 from sieve_attn import patterns as patterns
+from sieve_attn import penzai as penzai
 from sieve_attn import policies as policies
 from sieve_attn import scores as scores
 from sieve_attn import selection as selection
