@@ -41,6 +41,13 @@ def attend(call: Call, selection: Selection, far_field: None = None) -> tuple[Ar
     return forward.attend(call, selection)
 
 
+def attend_paged(pages: Any) -> tuple[Array, Array]:
+    """``(output, lse)`` of a few queries a sequence over a cache in pages; see :mod:`sieve_attn.attend.paged`."""
+    from sieve_attn.attend.triton import forward
+
+    return forward.attend_paged(pages)
+
+
 def backward(
     call: Call, selection: Selection, grad_output: Array, grad_lse: Array, far_field: None = None, *, output: Array, lse: Array
 ) -> dict[str, Array]:

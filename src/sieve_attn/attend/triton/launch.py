@@ -96,20 +96,25 @@ def grid_of(selection: Selection, q_block: int, kv_block: int) -> Grid:
         kind = 3 if part.prefix and part.window else 2 if part.window else 1
         tiles = -(-part.q_len // q_block)
         ahead = part.window if part.two_sided else 1
-        chosen = Chosen(None, None, None, 0, 0, 0, tiles, 0, min(part.prefix, part.kv_len), part.window, ahead)
+        chosen = Chosen(None, None, None, 0, 0, 0, 0, tiles, 0, min(part.prefix, part.kv_len), part.window, ahead)
         return Grid(chosen, 1, q_block, kv_block, tiles, kind, None)
     chosen = Chosen(
         part.row_ptr.to(torch.int64).contiguous(), part.block_index.to(torch.int32).contiguous(),
-        None if part.row_mask is None else part.row_mask.contiguous(), part.block_index.shape[0],
+        None if part.row_mask is None else part.row_mask.contiguous(), part.block_index.shape[0], part.blocks,
         0 if part.batch == 1 else part.heads * part.tiles, 0 if part.heads == 1 else part.tiles, part.tiles, part.lead, 0, 0, 0,
     )  # fmt: skip
     return Grid(chosen, part.heads, part.q_block, part.kv_block, part.tiles, 0, part)
 
 
-def wide(call: Call, *pairs: View | None) -> bool:
-    """Whether an offset inside of one head of some array needs more than 32 bits."""
-    reach = [x.shape[2] * x.stride(2) + x.shape[3] * x.stride(3) for x in (call.key, call.value)]
-    reach += [call.q_len * x.row + call.kv_len * x.col for x in pairs if x is not None]
+def wide(call: Call, *views: View | None) -> bool:
+    """Whether an offset inside of one group of heads of some array needs more than 32 bits.
+
+    ``views``: arrays of query rows, and masks or biases over pairs, which may reach over keys where others have channels.
+    """
+    group = call.query.shape[1] // call.key.shape[1]
+    last = max(call.kv_len, call.query.shape[3], call.value.shape[3])
+    reach = [call.kv_len * x.stride(2) + last * x.stride(3) for x in (call.key, call.value)]
+    reach += [group * v.head + call.q_len * v.row + last * v.col for v in views if v is not None]
     return max(reach) >= 2**31
 
 
