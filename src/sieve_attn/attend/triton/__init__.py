@@ -36,8 +36,10 @@ def why_not(request: Any) -> tuple[str, ...]:
 
 def attend(call: Call, selection: Selection, far_field: None = None) -> tuple[Array, Array]:
     """``(output [batch, q_heads, q_len, v_dim] in the query's dtype, lse [batch, q_heads, q_len])``."""
-    from sieve_attn.attend.triton import forward
+    from sieve_attn.attend.triton import forward, launch
 
+    if selection.blocks is not None:
+        launch.check_blocks(selection.blocks)
     return forward.attend(call, selection)
 
 

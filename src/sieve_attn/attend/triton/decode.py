@@ -43,7 +43,7 @@ def merge_kernel(
     mass = tl.sum(weight, 0)
     if sink is not None:
         mass += tl.exp2(extra - base)
-    empty = top == float("-inf")
+    empty = mass == 0.0
     mass = tl.where(empty, 1.0, mass)
     total = tl.sum(weight[:, None] * part, 0) / mass
     found = tl.where(empty, float("-inf"), (base + tl.log2(mass)) * LN2)

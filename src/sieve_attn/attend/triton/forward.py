@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sieve_attn import triton as door
 from sieve_attn.attend.paged import Pages
 from sieve_attn.attend.triton.decode import shared_out
 from sieve_attn.attend.triton.launch import (
@@ -176,7 +177,7 @@ def attend_kernel(
     store_rows(weight, row_base, row_offset, row_there, out.col, V_DIM, BLOCK_V)
 
 
-def tiling(dtype: torch.dtype, width: int, rows: int) -> tuple[int, int, int]:
+def tiling(dtype: torch.dtype, width: int, rows: int, capability: tuple[int, int]) -> tuple[int, int, int]:
     """``(columns, warps, stages)`` for tiles of ``rows`` rows, ``width`` the larger padded head dim.
 
     A table and no search: the first call compiles one kernel. Shared memory holds the rows and ``stages`` tiles of keys and
@@ -186,31 +187,39 @@ def tiling(dtype: torch.dtype, width: int, rows: int) -> tuple[int, int, int]:
         # full fp32 products run on the ordinary cores: small tiles, all in registers
         return (32, 4, 2) if width <= 64 else (16, 4, 2) if width <= 128 else (16, 8, 1)
     if width > 128:
-        return (32, 4, 2) if rows <= 32 else (32, 8, 2)
+        return (32, 4 if rows <= 32 else 8, 2)
     if rows <= 32:
         return (128, 4, 3) if width <= 64 else (64, 4, 3)
+    if capability < (9, 0):
+        # products take both sides from registers
+        return (64 if rows >= 128 else 32, 8, 2)
+    if capability >= (10, 0) and width > 64:
+        return (32, 8 if rows >= 128 else 4, 2)
     return (64, 8, 3) if rows >= 128 else (64 if width <= 64 else 32, 4, 3)
 
 
-def most_rows(dtype: torch.dtype, width: int) -> int:
+def most_rows(dtype: torch.dtype, width: int, capability: tuple[int, int]) -> int:
     """How many rows a program may hold: their output lies in registers."""
     if dtype == torch.float32:
         return 64 if width <= 64 else 32 if width <= 128 else 16
-    return 128 if width <= 128 else 64
+    return 128 if width <= (64 if capability < (9, 0) else 128) else 64
 
 
-def launch_forward(call: Call, selection: Selection, out: Tensor, lse: Tensor) -> Launch:
-    """The launch that writes ``out`` and ``lse``."""
+def launch_forward(
+    call: Call, selection: Selection, out: Tensor, lse: Tensor, capability: tuple[int, int] | None = None
+) -> Launch:
+    """The launch that writes ``out`` and ``lse``, for the device of the call or for a card of another ``capability``."""
+    capability = capability or door.capability(call.query)
     batch, q_heads, q_len, dim = call.query.shape
     kv_heads, v_dim = call.key.shape[1], call.value.shape[3]
     block_d, block_v = power_of_two(dim, 16), power_of_two(v_dim, 16)
     width, group = max(block_d, block_v), q_heads // kv_heads
-    most = most_rows(call.query.dtype, width)
+    most = most_rows(call.query.dtype, width, capability)
     part = selection.blocks
     q_block = min(power_of_two(q_len), most) if part is None else part.q_block
     shared = part is None or part.heads != q_heads or group == 1
     rows, pack = packing(q_block, group, shared, most)
-    columns, warps, stages = tiling(call.query.dtype, width, rows * pack)
+    columns, warps, stages = tiling(call.query.dtype, width, rows * pack, capability)
     grid = grid_of(selection, q_block, columns)
     mask, bias = over_pairs(call.mask, call), over_pairs(call.bias, call)
     pieces, packs = -(-grid.q_block // rows), kv_heads * -(-group // pack)
@@ -247,12 +256,19 @@ def attend_paged(pages: Pages, splits: int | None = None) -> tuple[Tensor, Tenso
         pages.query, pages.key, pages.value, causal=True, scale=pages.scale, softcap=pages.softcap, window=pages.window,
         sink=pages.sink,
     )  # fmt: skip
-    launch = launch_forward(call, selection, out, lse)
-    paged = {"table": View(table, table.stride(0), 0, 0, 1), "lengths": pages.lengths, "kv_len": longest, "PAGE_SIZE": page_size}
-    launch = replace(launch, arguments=launch.arguments | paged)
+    launch = from_pages(launch_forward(call, selection, out, lse), table, pages.lengths, page_size)
     for part in shared_out(launch, selection, pages.query, splits):
         part.run(pages.query)
     return out, lse
+
+
+def from_pages(launch: Launch, table: Tensor, lengths: Tensor, page_size: int) -> Launch:
+    """The same over a cache in pages: key ``j`` of sequence ``b`` lies in page ``table[b, j // page_size]``."""
+    paged = {
+        "table": View(table, table.stride(0), 0, 0, 1), "lengths": lengths, "kv_len": table.shape[1] * page_size,
+        "PAGE_SIZE": page_size,
+    }  # fmt: skip
+    return replace(launch, arguments=launch.arguments | paged)
 
 
 def results(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sieve_attn import triton as door
 from sieve_attn.attend.triton.backward_kernels import key_kernel, query_kernel, shift_kernel
 from sieve_attn.attend.triton.launch import (
     Launch,
@@ -52,19 +53,25 @@ def turned(part: Blocks) -> Turned:
     )  # fmt: skip
 
 
-def tiling(dtype: torch.dtype, width: int, kernel: str, kv_block: int | None) -> tuple[int, int, int, int]:
+def tiling(
+    dtype: torch.dtype, width: int, kernel: str, kv_block: int | None, capability: tuple[int, int]
+) -> tuple[int, int, int, int]:
     """``(most rows, columns, warps, stages)`` of a kernel; see :func:`sieve_attn.attend.triton.forward.tiling`.
 
     dQ holds its rows' gradients in registers and looks at keys; dK and dV hold those of their keys and look at rows.
     """
+    old = capability < (9, 0)
     if dtype == torch.float32:
         return (32, 32, 4, 1) if width <= 64 else (16, 16, 4, 1) if width <= 128 else (16, 16, 8, 1)
     if kernel == "query":
-        return (128, 64, 8, 2) if width <= 128 else (64, 32, 8, 1)
-    columns = min(128 if width <= 128 else 32, power_of_two(kv_block or 128, 16))
-    if width <= 64:
+        if width > 128:
+            return 64, 32, 8, 1
+        return (64, 32, 8, 2) if old else (128, 64, 8, 2)
+    columns = min(32 if width > 128 else 64 if old else 128, power_of_two(kv_block or 128, 16))
+    if width <= 64 and not old:
         return 64, columns, 8 if columns == 128 else 4, 2
-    return (32 if columns >= 64 else 64, columns, 8, 2) if width <= 128 else (32, columns, 8, 1)
+    rows = 32 if width > 128 or columns >= 64 else 64 if columns == 32 or old else 128
+    return rows, columns, 8, 2 if width <= 128 else 1
 
 
 def launch_shift(out: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor, shift: Tensor) -> Launch:
@@ -81,9 +88,11 @@ def launch_shift(out: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor
 
 
 def launch_backward(
-    call: Call, selection: Selection, grad_output: Tensor, lse: Tensor, shift: Tensor, made: dict[str, Tensor]
-) -> Iterator[Launch]:
+    call: Call, selection: Selection, grad_output: Tensor, lse: Tensor, shift: Tensor, made: dict[str, Tensor],
+    capability: tuple[int, int] | None = None,
+) -> Iterator[Launch]:  # fmt: skip
     """Launches that fill ``made``: query, key, value, and one of pair_bias, row_sums and key_sums where there is a bias."""
+    capability = capability or door.capability(call.query)
     batch, q_heads, q_len, dim = call.query.shape
     kv_heads, v_dim = call.key.shape[1], call.value.shape[3]
     block_d, block_v = power_of_two(dim, 16), power_of_two(v_dim, 16)
@@ -100,10 +109,10 @@ def launch_backward(
     }  # fmt: skip
 
     def plan(kernel: str, one_head: bool):
-        most, columns, warps, stages = tiling(call.query.dtype, width, kernel, part and part.kv_block)
+        most, columns, warps, stages = tiling(call.query.dtype, width, kernel, part and part.kv_block, capability)
         q_block = min(power_of_two(q_len), most) if part is None else part.q_block
         rows, pack = packing(q_block, group, shared and not one_head, most)
-        if kernel == "query" and rows * pack < 128 and width <= 128:
+        if kernel == "query" and rows * pack < most and width <= 128:
             columns, warps = min(columns, 32), 4
         grid = grid_of(selection, q_block, columns)
         sizes = {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sieve_attn import triton as door
 from sieve_attn.attend.triton.tiles import Chosen, Sight, View
+from sieve_attn.checks import error
 from sieve_attn.types import Blocks, Call, Ranges, Selection
 
 
@@ -87,6 +88,31 @@ class Grid:
     tiles: int
     ranges: int  # 0 a list of blocks, 1 a prefix, 2 a window, 3 both
     blocks: Blocks | None
+
+
+def check_blocks(part: Blocks) -> None:
+    """ValueError for a grid that is none, and for a malformed list where it can be read without waiting for a device."""
+    good = part.q_block > 0 and part.kv_block > 0 and 0 <= part.lead < part.q_block
+    if not good:
+        got = f"q_block {part.q_block}, kv_block {part.kv_block}, lead {part.lead}"
+        raise error("selection", "must have positive blocks and a lead below q_block", got, "build it with Blocks.from_tiles")
+    sizes = part.row_ptr.shape[0], None if part.row_mask is None else tuple(part.row_mask.shape)
+    wanted = part.batch * part.heads * part.tiles + 1, (part.block_index.shape[0], part.q_block)
+    if sizes[0] != wanted[0] or sizes[1] not in (None, wanted[1]):
+        rule = f"must have {wanted[0]} row pointers and a row_mask of shape {wanted[1]} or none"
+        raise error("selection", rule, f"{sizes[0]} and {sizes[1]}", "build it with Blocks.from_tiles")
+    if part.row_ptr.is_cuda:
+        return
+    pointer, index = part.row_ptr.to(torch.int64), part.block_index.to(torch.int64)
+    rises = bool((pointer[1:] >= pointer[:-1]).all()) and int(pointer[0]) >= 0 and int(pointer[-1]) <= index.shape[0]
+    if rises:
+        used = index[int(pointer[0]) : int(pointer[-1])]
+        starts = torch.zeros(used.shape[0] + 1, dtype=torch.bool)
+        starts[pointer - pointer[0]] = True
+        rises = bool(((used >= 0) & (used < part.blocks)).all()) and bool(((used[1:] > used[:-1]) | starts[1:-1]).all())
+    if not rises:
+        rule = f"must list the blocks of every tile in increasing order, each below {part.blocks}, between rising row pointers"
+        raise error("selection", rule, "other lists", "build it with Blocks.from_tiles")
 
 
 def grid_of(selection: Selection, q_block: int, kv_block: int) -> Grid:
