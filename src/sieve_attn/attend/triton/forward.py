@@ -192,7 +192,7 @@ def tiling(dtype: torch.dtype, width: int, rows: int, capability: tuple[int, int
         return (128, 4, 3) if width <= 64 else (64, 4, 3)
     if capability < (9, 0):
         # products take both sides from registers
-        return (64 if rows >= 128 else 32, 8, 2)
+        return (32 if width <= 64 else 16, 8, 2)
     if capability >= (10, 0) and width > 64:
         return (32, 8 if rows >= 128 else 4, 2)
     return (64, 8, 3) if rows >= 128 else (64 if width <= 64 else 32, 4, 3)
@@ -202,7 +202,7 @@ def most_rows(dtype: torch.dtype, width: int, capability: tuple[int, int]) -> in
     """How many rows a program may hold: their output lies in registers."""
     if dtype == torch.float32:
         return 64 if width <= 64 else 32 if width <= 128 else 16
-    return 128 if width <= (64 if capability < (9, 0) else 128) else 64
+    return 128 if width <= 128 and capability >= (9, 0) else 64
 
 
 def launch_forward(

@@ -66,8 +66,9 @@ def tiling(
     if kernel == "query":
         if width > 128:
             return 64, 32, 8, 1
-        return (64, 32, 8, 2) if old else (128, 64, 8, 2)
-    columns = min(32 if width > 128 else 64 if old else 128, power_of_two(kv_block or 128, 16))
+        return (128, 64, 8, 2) if not old else (64, 32, 8, 2) if width > 64 else (32, 32, 4, 2)
+    limit = 32 if width > 128 or (old and width <= 64) else 64 if old else 128
+    columns = min(limit, power_of_two(kv_block or 128, 16))
     if width <= 64 and not old:
         return 64, columns, 8 if columns == 128 else 4, 2
     rows = 32 if width > 128 or columns >= 64 else 64 if columns == 32 or old else 128
@@ -113,7 +114,7 @@ def launch_backward(
         q_block = min(power_of_two(q_len), most) if part is None else part.q_block
         rows, pack = packing(q_block, group, shared and not one_head, most)
         if kernel == "query" and rows * pack < most and width <= 128:
-            columns, warps = min(columns, 32), 4
+            columns, warps = (64 if capability >= (10, 0) and width > 64 else min(columns, 32)), 4
         grid = grid_of(selection, q_block, columns)
         sizes = {
             **common, "chosen": grid.chosen, "chosen_heads": grid.heads, "pieces": -(-grid.q_block // rows), "ROWS": rows,
