@@ -53,6 +53,8 @@ MAY_IMPORT = (
     "torch.py",
     "triton.py",
     "attend/triton",
+    "geometry/triton",
+    "selection/triton",
     "attn_bias.py",
     "transformers",
     "layers",
