@@ -81,15 +81,15 @@ def test_the_device_chooses_what_the_reference_chooses(case, name, seed, dtype, 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_long_calls(causal):
-    q, k, v = gaussian(3, Shape(1, 4, 2, 150, 1100, 64, 3), torch.float16)
-    for policy in (TopBlocks(16), Adaptive(0.8, query_stride=4), Policy(Mean(), TopK(4), block_size=64)):
+    q, k, v = gaussian(3, Shape(1, 2, 1, 100, 700, 64, 3), torch.float16)
+    for policy in (TopBlocks(9), Policy(Mean(), TopK(4), block_size=64)):
         assert_same_choice(Call(q, k, v, causal=causal, scale=0.125), policy)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_decoding(causal):
-    q, k, v = gaussian(3, Shape(2, 8, 2, 2, 1500, 64, 3), torch.float16)
-    for policy in (TopBlocks(16), TopBlocks(9, bits=2), Adaptive(0.8), Aether(3.0, 64), Policy(KeySketch(4), TopK(5))):
+    q, k, v = gaussian(3, Shape(2, 4, 2, 2, 700, 32, 3), torch.float16)
+    for policy in (TopBlocks(9, bits=2), Adaptive(0.8), Policy(KeySketch(4), TopK(5))):
         assert_same_choice(Call(q, k, v, causal=causal, scale=0.125), policy)
     assert_same_choice(Call(q[:, :, :1], k, v, causal=causal, scale=0.125), TopBlocks(16))
 
@@ -162,9 +162,9 @@ def test_ties_go_to_the_smaller_index():
 
 def test_no_query_looks_ahead():
     """Nothing after a tile of queries changes a bit of its choice."""
-    q, k, v = gaussian(6, Shape(1, 4, 2, 200, 200, 32, 8))
+    q, k, v = gaussian(6, Shape(1, 2, 1, 150, 150, 32, 8))
     for policy in (
-        TopBlocks(3, sinks=4, window=8), Adaptive(0.9), Aether(1.0, 16), Policy(KeySketch(3), TopK(2), query_tile=16, block_size=4)
+        TopBlocks(3, sinks=4, window=8), Aether(1.0, 16), Policy(KeySketch(3), TopK(2), query_tile=16, block_size=4),
     ):  # fmt: skip
         stop, tile = 128, policy.query_tile
         other_q, other_k = q.clone(), k.clone()
@@ -224,7 +224,7 @@ def test_a_streamed_geometry_serves():
 
 
 def test_strides_do_not_matter():
-    q, k, v = gaussian(6, Shape(2, 4, 2, 40, 90, 32, 8))
+    q, k, v = gaussian(6, Shape(2, 2, 2, 20, 90, 32, 8))
     policy = Policy(KeySketch(4, 8), TopK(2), block_size=4, query_tile=8)
     found = []
     for change in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: x.mT.contiguous().mT):

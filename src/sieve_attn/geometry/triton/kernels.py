@@ -30,7 +30,7 @@ def norms(x):
 
 @triton.jit
 def norms_above(x, outward: tl.constexpr):
-    """At least the norms of the rows of ``x``. Roundings are relative but next to the smallest numbers, where two more are added."""
+    """At least the norms of the rows of ``x``. Roundings are relative, but for the smallest, which get two more."""
     norm = norms(x) * outward
     bumped = (norm.to(tl.int32, bitcast=True) + 2).to(tl.float32, bitcast=True)
     return tl.where((norm > 0) & (norm < 1e-36), bumped, norm)
@@ -131,7 +131,7 @@ def summarise(
     BOX: tl.constexpr, VALUE: tl.constexpr, STATISTICS: tl.constexpr, BITS: tl.constexpr, PADDED: tl.constexpr,
     V_PADDED: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCKS`` blocks of one head, each padded to ``EACH`` rows: summaries of them if ``STATISTICS``, and the sketch of the keys."""
+    """``BLOCKS`` blocks of one head, each padded to ``EACH`` rows: summaries if ``STATISTICS``, and the sketch of the keys."""
     ROWS: tl.constexpr = BLOCKS * EACH
     batch, head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
     one = tl.program_id(1).to(tl.int64)

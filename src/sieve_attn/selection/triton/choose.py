@@ -151,7 +151,7 @@ def settle(sights, marks, begin, stop, from_block, to_block, blocks, every, dens
                                "share_bits"])  # fmt: skip
 def choose(
     estimate, top, total, row_lse, row_top, level, sights, marks, number, kept, visible, dense, forgotten,
-    finite, before, edges,
+    finite, before, edges, finite_b, finite_h,
     first_unit, q_len, kv_len, offset, lead, tiles, blocks, rows, splits, window, sinks, near, limit, share_bits, amount,
     dense_above,
     heads: tl.constexpr, KV_EACH: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, CAUSAL: tl.constexpr,
@@ -159,11 +159,10 @@ def choose(
     RULE: tl.constexpr, EVERYTHING: tl.constexpr, MAY_FORGET: tl.constexpr, MAY_TURN: tl.constexpr, SIZE: tl.constexpr,
     ROWS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Marks of one unit: what the rule keeps and what is forced, of what is visible; and whether a query was left with nothing."""
+    """Marks of one unit: what the rule keeps and what is forced, of what it sees; and whether a query was left with nothing."""
     local = tl.program_id(0)
     unit = first_unit + local
     batch, head, tile = unit_at(unit, tiles, heads)
-    one = (batch * (heads // KV_EACH) + head // KV_EACH).to(tl.int64)
     query, there = tile_queries(tile, q_len, lead, TILE, LANES)
     low, high = interval(query, edges, q_len, kv_len, offset, window, CAUSAL, WINDOW, PACKED, there)
     from_block, to_block = reach(low, high, there, kv_len, SIZE)
@@ -171,7 +170,7 @@ def choose(
     inner_low = tl.max(tl.where(there, low, 0), 0)
     inner_high = tl.min(tl.where(there, tl.where(low < high, high, 0), kv_len), 0)
     before += batch.to(tl.int64) * (kv_len + 1)
-    finite += one * blocks
+    finite += batch.to(tl.int64) * finite_b + (head // KV_EACH).to(tl.int64) * finite_h
     estimate += local.to(tl.int64) * rows * blocks
     row_lse += local * rows
     row_top += local * rows
@@ -267,7 +266,8 @@ def remember(
     query, key, codes, planes, key_scale, channel_scale, mean, radius, count, part, before, edges, calibrated,
     sights, marks, number, kept, visible, dense, forgotten,
     first_unit, q_len, kv_len, offset, lead, tiles, blocks, calibration, window, scale, softcap, dense_above,
-    q_b, q_h, q_m, q_d, key_b, key_h, key_m, key_d, part_b, part_m, plane_stride,
+    q_b, q_h, q_m, q_d, key_b, key_h, key_m, key_d, part_b, part_m, plane_stride, plane_b, plane_h,
+    scale_b, scale_h, mean_b, mean_h, block_b, block_h,
     heads: tl.constexpr, GROUP: tl.constexpr, KV_EACH: tl.constexpr, dim: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
     SCORER: tl.constexpr, ROUNDED: tl.constexpr, BITS: tl.constexpr, SKETCH_BITS: tl.constexpr, EXPANDED: tl.constexpr,
@@ -316,8 +316,9 @@ def remember(
                 found = estimates(
                     first, rows, factor, extra, sound, early, low, high, query_at,
                     query, key + batch.to(tl.int64) * key_b + kv.to(tl.int64) * key_h, codes + one * kv_len * PADDED,
-                    planes + one * kv_len * ((dim + 7) // 8), key_scale + one * kv_len, mean + one * blocks * dim,
-                    radius + one * blocks, count + one * blocks, part + batch.to(tl.int64) * part_b, befores,
+                    planes + batch.to(tl.int64) * plane_b + kv * plane_h, key_scale + batch.to(tl.int64) * scale_b + kv * scale_h,
+                    mean + batch.to(tl.int64) * mean_b + kv * mean_h, radius + batch.to(tl.int64) * block_b + kv * block_h,
+                    count + batch.to(tl.int64) * block_b + kv * block_h, part + batch.to(tl.int64) * part_b, befores,
                     q_d, key_m, key_d, part_m, plane_stride, kv_len, blocks, scale, softcap,
                     dim, SCORER, ROUNDED, BITS, SKETCH_BITS, EXPANDED, CAPPED, MASKED, CAREFUL, SIZE, EACH, BLOCKS, PADDED,
                 )  # fmt: skip

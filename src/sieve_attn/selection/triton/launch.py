@@ -61,8 +61,8 @@ def grid_of(call: Call, policy: Any) -> Grid:
     heads = kv_heads if policy.share_group else q_heads
     lead = call.lead(tile)
     stride = 1 if policy.selector.every_query else policy.query_stride
-    # a single query needs no tile around it
-    slots = 1 if call.q_len == 1 else -(-min(tile, call.q_len + lead) // stride)
+    # as many as a tile has; a few queries alone need no tile around them
+    slots = min(-(-tile // stride), -(-(call.q_len - 1) // stride) + 1)
     each = triton.next_power_of_2(policy.block_size)
     sketch = isinstance(policy.scorer, KeySketch)
     group = q_heads // heads
@@ -156,29 +156,36 @@ class _Run:
         sketch = geometry.sketch if sketched else None
         bits = min(scorer.bits, sketch.bits) if sketched else 0
         expanded = sketched and call.q_len > FEW_QUERIES and not self.everything
+        planes, key_scale, channel_scale = (row_of(device),) * 3
+        if sketched:
+            planes, key_scale = _rows_in_line(sketch.planes, 3), _rows_in_line(sketch.scale, 2)
+            channel_scale = sketch.channel_scale.contiguous()
+        mean, count = _rows_in_line(geometry.mean, 2), _rows_in_line(geometry.count, 2)
+        radius = count if geometry.radius is None else _rows_in_line(geometry.radius, 2)
+        if radius.stride() != count.stride():
+            radius, count = radius.contiguous(), count.contiguous()
         codes = row_of(device)
-        plane_stride = sketch.planes.stride(0) if sketched else 0
+        plane_strides = planes.stride()[:3] if sketched else (0, 0, 0)
         if expanded:
             codes = torch.empty((*key.shape[:3], grid.padded), dtype=torch.int8, device=device)
             scoring.expand[(triton.cdiv(call.kv_len, 64), key.shape[0] * key.shape[1])](
-                _flat(sketch.planes, 1), codes, plane_stride, call.kv_len, dim=dim, BITS=bits, PADDED=grid.padded, ROWS=64,
-            )  # fmt: skip
-        nothing = row_of(device)
+                planes, codes, *plane_strides, key.shape[1], call.kv_len, dim=dim, BITS=bits, PADDED=grid.padded, ROWS=64
+            )
         self.scored = (
-            query, key, codes, _flat(sketch.planes, 1) if sketched else nothing, sketch.scale.contiguous() if sketched else nothing,
-            sketch.channel_scale.contiguous() if sketched else nothing, geometry.mean.contiguous(),
-            nothing if geometry.radius is None else geometry.radius.contiguous(), geometry.count.contiguous(), part, before, edges,
-            calibrated,
+            query, key, codes, planes, key_scale, channel_scale, mean, radius, count, part, before, edges, calibrated,
         )  # fmt: skip
         self.places = (call.q_len, call.kv_len, call.offset, grid.lead, grid.tiles, grid.blocks)
         self.calibration = calibration
         self.window = call.window or 0
         self.cap = call.softcap or 1.0
         self.strides = (
-            *query.stride(), *key.stride()[:2], key.stride(2), key.stride(3), *(part.stride() if masked else (0, 0)), plane_stride,
+            *query.stride(), *key.stride(), *(part.stride() if masked else (0, 0)), *plane_strides,
+            *(key_scale.stride()[:2] if sketched else (0, 0)), *mean.stride()[:2], *count.stride()[:2],
         )  # fmt: skip
-        self.seen = {"TILE": policy.query_tile, "LANES": triton.next_power_of_2(policy.query_tile), "CAUSAL": bool(call.causal),
-                     "WINDOW": call.window is not None, "PACKED": packed, "MASKED": masked, "SIZE": policy.block_size}  # fmt: skip
+        self.seen = {
+            "TILE": policy.query_tile, "LANES": triton.next_power_of_2(policy.query_tile), "CAUSAL": bool(call.causal),
+            "WINDOW": call.window is not None, "PACKED": packed, "MASKED": masked, "SIZE": policy.block_size,
+        }  # fmt: skip
         self.heads = {"heads": grid.heads, "KV_EACH": grid.heads // key.shape[1]}
         self.scorer = {
             "GROUP": grid.group, "dim": dim, "CAREFUL": careful, "SCORER": gate.SCORERS[type(scorer)],
@@ -189,7 +196,8 @@ class _Run:
         self.forced = {"SINKS": sinks > 0, "NEAR": near > 0}
         self.ends = (sinks, near)
         self.turns = turns
-        self.finite, self.before, self.edges = geometry.finite.contiguous().view(torch.int8), before, edges
+        finite = _rows_in_line(geometry.finite, 2)
+        self.frame = (finite.view(torch.int8), before, edges, *finite.stride()[:2])
         self.chunk = min(1024, max(16, triton.next_power_of_2(grid.blocks)))
         self.rows_chosen = max(1, min(64, grid.rows, 4096 // self.chunk))
         self.limit = selector.blocks if isinstance(selector, TopK) else 0
@@ -231,13 +239,13 @@ class _Run:
         if not self.everything:
             scoring.score[(units, row_tiles, self.splits)](
                 *self.scored, self.estimate, *self.parts, first, *self.places, self.span, self.calibration, self.window,
-                float(self.call.scale), float(self.cap), *self.strides, STRIDE=grid.stride, SLOTS=grid.slots, **shared, **self.scorer,
-                num_warps=4,
+                float(self.call.scale), float(self.cap), *self.strides, STRIDE=grid.stride, SLOTS=grid.slots, **shared,
+                **self.scorer, num_warps=4,
             )  # fmt: skip
         found = (number, kept, visible, dense.view(torch.int8))
         choosing.choose[(units,)](
-            self.estimate, *self.parts, *self.row, self.level, self.sights, self.marks, *found, self.forgotten, self.finite,
-            self.before, self.edges, first, *self.places, grid.rows, self.splits, self.window, *self.ends, self.limit,
+            self.estimate, *self.parts, *self.row, self.level, self.sights, self.marks, *found, self.forgotten, *self.frame,
+            first, *self.places, grid.rows, self.splits, self.window, *self.ends, self.limit,
             self.share_bits, self.amount, float(policy.dense_above), RULE=gate.RULES[type(policy.selector)],
             EVERYTHING=self.everything, MAY_FORGET=self.forgets, MAY_TURN=self.turns, **shared, **self.forced,
             ROWS=self.rows_chosen, SPLITS=triton.next_power_of_2(self.splits), CHUNK=self.chunk, num_warps=8,
@@ -262,9 +270,9 @@ def row_of(device: torch.device) -> Tensor:
     return torch.empty(1, dtype=torch.int32, device=device)
 
 
-def _flat(x: Tensor, axis: int) -> Tensor:
-    """``x`` with everything from ``axis`` on side by side."""
-    one = x[0] if axis else x
+def _rows_in_line(x: Tensor, axis: int) -> Tensor:
+    """``x`` such that everything from ``axis`` on lies side by side; a streamed geometry does, and is read where it lies."""
+    one = x[(0,) * axis]
     return x if one.is_contiguous() else x.contiguous()
 
 

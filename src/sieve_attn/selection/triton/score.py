@@ -39,14 +39,15 @@ def unpack(planes, plane_stride, place, there, byte_there, BITS: tl.constexpr, B
 
 
 @triton.jit
-def expand(planes, codes, plane_stride, kv_len, dim: tl.constexpr, BITS: tl.constexpr, PADDED: tl.constexpr,
-           ROWS: tl.constexpr):  # fmt: skip
+def expand(planes, codes, plane_stride, plane_b, plane_h, kv_heads, kv_len, dim: tl.constexpr, BITS: tl.constexpr,
+           PADDED: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """The codes of one head less 2^(bits - 1), [kv_len, PADDED] int8: what many tiles read is unpacked once."""
     number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = number < kv_len
     key = tl.program_id(1).to(tl.int64) * kv_len + number
+    planes += (tl.program_id(1) // kv_heads).to(tl.int64) * plane_b + tl.program_id(1) % kv_heads * plane_h
     byte_there = tl.arange(0, PADDED // 8) * 8 < dim
-    code = unpack(planes, plane_stride, key * ((dim + 7) // 8), there, byte_there, BITS, PADDED // 8)
+    code = unpack(planes, plane_stride, number.to(tl.int64) * ((dim + 7) // 8), there, byte_there, BITS, PADDED // 8)
     channel = tl.arange(0, PADDED)
     tl.store(codes + key[:, None] * PADDED + channel[None, :], (code - 2 ** (BITS - 1)).to(tl.int8), there[:, None])
 
@@ -175,7 +176,8 @@ def score(
     query, key, codes, planes, key_scale, channel_scale, mean, radius, count, part, before, edges, calibrated,
     estimate, top, total,
     first_unit, q_len, kv_len, offset, lead, tiles, blocks, span, calibration, window, scale, softcap,
-    q_b, q_h, q_m, q_d, key_b, key_h, key_m, key_d, part_b, part_m, plane_stride,
+    q_b, q_h, q_m, q_d, key_b, key_h, key_m, key_d, part_b, part_m, plane_stride, plane_b, plane_h,
+    scale_b, scale_h, mean_b, mean_h, block_b, block_h,
     heads: tl.constexpr, GROUP: tl.constexpr, KV_EACH: tl.constexpr, dim: tl.constexpr, TILE: tl.constexpr, STRIDE: tl.constexpr,
     SLOTS: tl.constexpr, LANES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     MASKED: tl.constexpr, CAREFUL: tl.constexpr, SCORER: tl.constexpr, ROUNDED: tl.constexpr, BITS: tl.constexpr,
@@ -211,8 +213,9 @@ def score(
         found = estimates(
             first, rows, factor, extra, sound, early, low, high, query_at,
             query, key + batch.to(tl.int64) * key_b + kv.to(tl.int64) * key_h, codes + one * kv_len * PADDED,
-            planes + one * kv_len * ((dim + 7) // 8), key_scale + one * kv_len, mean + one * blocks * dim, radius + one * blocks,
-            count + one * blocks, part + batch.to(tl.int64) * part_b, befores,
+            planes + batch.to(tl.int64) * plane_b + kv * plane_h, key_scale + batch.to(tl.int64) * scale_b + kv * scale_h,
+            mean + batch.to(tl.int64) * mean_b + kv * mean_h, radius + batch.to(tl.int64) * block_b + kv * block_h,
+            count + batch.to(tl.int64) * block_b + kv * block_h, part + batch.to(tl.int64) * part_b, befores,
             q_d, key_m, key_d, part_m, plane_stride, kv_len, blocks, scale, softcap,
             dim, SCORER, ROUNDED, BITS, SKETCH_BITS, EXPANDED, CAPPED, MASKED, CAREFUL, SIZE, EACH, BLOCKS, PADDED,
         )  # fmt: skip

@@ -42,7 +42,8 @@ def looked_at(row, tile, q_len, lead, TILE: tl.constexpr, STRIDE: tl.constexpr, 
     Where the stride leads beyond the last query, rows repeat it.
     """
     last = tl.minimum(TILE - 1, q_len - 1 + lead - tile * TILE)
-    lane = tl.minimum(row % SLOTS * STRIDE + (STRIDE - 1), last)
+    first = tl.where(tile == 0, lead // STRIDE, 0)  # nothing lies before the first query
+    lane = tl.minimum((first + row % SLOTS) * STRIDE + (STRIDE - 1), last)
     query = tile * TILE - lead + lane
     return query, row // SLOTS, (row < SLOTS * GROUP) & (query >= 0)
 
