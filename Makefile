@@ -20,9 +20,11 @@ demo: setup
 
 test: setup lint
 	$(BIN)/python -m pytest -n 2 -m "not long"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not long" tests/triton
 
 soak: setup
 	$(BIN)/python -m pytest -m long
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m long tests/triton
 
 # C++ tests of the kernels: addresses and undefined behaviour, then threads; nothing but CMake and a compiler is needed
 SANITIZERS := address,undefined thread

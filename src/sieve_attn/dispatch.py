@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -27,6 +27,7 @@ class Request:
     value_dim: int
     far_field: bool = False
     kinds: tuple[str, ...] = ()  # what the selection is made of: Blocks, Ranges, Offsets, Tokens
+    named: bool = False  # the caller asked for this backend: what only serves then, as an interpreter does, may run
 
 
 def why_not(name: str, request: Request) -> tuple[str, ...]:
@@ -51,7 +52,7 @@ def choose(backend: str, request: Request) -> tuple[str, str]:
     if backend != "auto" and backend not in ORDER:
         raise error("backend", f"must be 'auto' or one of {', '.join(ORDER)}", repr(backend), "use 'auto'")
     if backend != "auto":
-        reasons = why_not(backend, request)
+        reasons = why_not(backend, replace(request, named=True))
         if reasons:
             raise error(
                 "backend", f"cannot run this call: {'; '.join(reasons)}", repr(backend), "use backend='auto' or mend every reason"

@@ -1,0 +1,232 @@
+"""Forward: one program a tile of rows, which walks over its kept keys once with a running softmax.
+
+Logits are kept in powers of two and the scale is folded into the exponent, so that a tile of keys that every row sees costs
+two products, a maximum, one fused multiplication and ``exp2`` for each pair. With ``SPLITS`` several programs share a tile's
+keys and write partial results, which :mod:`sieve_attn.attend.triton.decode` merges.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sieve_attn.attend.triton.launch import (
+    Launch,
+    grid_of,
+    key_mask_view,
+    over_pairs,
+    packing,
+    power_of_two,
+    sight_of,
+    view,
+    wide,
+)
+from sieve_attn.attend.triton.tiles import (
+    LN2,
+    LOG2E,
+    biased,
+    capped,
+    cut_columns,
+    cut_tiles,
+    finite,
+    keys_of,
+    load_rows,
+    places,
+    rows_of,
+    visible,
+    walk_of,
+)
+from sieve_attn.types import Call, Selection
+
+
+@triton.jit
+def fold(total, top, mass, logit, factor, value, MASKED: tl.constexpr):
+    """One tile of keys into the running output, maximum and sum of weights; ``factor * logit`` is in powers of two."""
+    peak = tl.maximum(top, tl.max(logit, 1) * factor)
+    base = peak
+    if MASKED:
+        # a row that has seen nothing yet has no maximum to subtract
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+    weight = tl.exp2(logit * factor - base[:, None])
+    shrink = tl.exp2(top - base)
+    mass = mass * shrink + tl.sum(weight, 1)
+    total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision="ieee")
+    return total, peak, mass
+
+
+@triton.jit
+def restore(
+    total, logit, found, there, batch, kv_head, value, table,
+    V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Adds the values that are not finite to the rows that attend to them, key by key: rare, and it must not cost registers."""
+    channel = tl.arange(0, BLOCK_V)
+    for number in range(0, BLOCK_N):
+        mine = tl.arange(0, BLOCK_N) == number
+        key = tl.sum(tl.where(mine, found, 0), 0)
+        here = tl.max((mine & there).to(tl.int32), 0) > 0
+        place = places(key, batch, kv_head, value, table, PAGE_SIZE, WIDE)
+        row = tl.load(place + channel * value.col, mask=(channel < V_DIM) & here, other=0.0).to(tl.float32)
+        strange = (row != row) | (tl.abs(row) == float("inf"))
+        touched = tl.max((mine[None, :] & (logit != float("-inf"))).to(tl.int32), 1) > 0
+        total += tl.where(touched[:, None] & strange[None, :], row[None, :], 0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "tiles", "chosen_heads"])
+def attend_kernel(
+    query, key, value, out, lse, mask, bias, key_mask, sink, sight, chosen, table, lengths,
+    scale, softcap, batch_size, q_heads, kv_heads, chosen_heads, q_len, kv_len, tiles, pieces, packs,
+    DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
+    PACK: tl.constexpr, BLOCK_N: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
+    RANGES: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """``out`` [batch, q_heads, q_len, v_dim] and natural ``lse`` of a tile; [SPLITS x batch, ...] parts where SPLITS > 1.
+
+    ``RANGES``: 0 a list of blocks, 1 a prefix, 2 a window, 3 a prefix and the window after it.
+    """
+    LISTED: tl.constexpr = RANGES == 0
+    # whatever hides single pairs has to be looked at everywhere
+    EVERYWHERE: tl.constexpr = (mask is not None) or (bias is not None) or (key_mask is not None) or (chosen.row_mask is not None)
+    pid = tl.program_id(0)
+    split = pid % SPLITS
+    batch, kv_head, tile, piece, head, lane, row, row_there = rows_of(
+        pid // SPLITS, tiles, pieces, packs, q_heads, kv_heads, q_len, chosen, 0, 0, Q_BLOCK, ROWS, PACK
+    )
+    if lengths is not None:
+        kv_len = tl.load(lengths + batch).to(tl.int32)
+    channel = tl.arange(0, BLOCK_V)
+    safe_head = tl.where(row_there, head, 0)
+    at = tl.cast(batch, tl.int64) * query.batch + tl.cast(safe_head, tl.int64) * query.head + tl.cast(row, tl.int64) * query.row
+    rows = load_rows(query.ptr + at, row_there, query.col, DIM, BLOCK_D, True)
+    top = tl.full([ROWS * PACK], float("-inf"), tl.float32)
+    mass = tl.zeros([ROWS * PACK], tl.float32)
+    total = tl.zeros([ROWS * PACK, BLOCK_V], tl.float32)
+    for turn in tl.static_range(2 if RANGES == 3 else 1):
+        SECTION: tl.constexpr = turn + 1 if RANGES == 3 else RANGES
+        start, low, high, low_first, high_last, a, b, c, d, sound = walk_of(
+            batch, kv_head, tile, piece, head, row, row_there, q_len, kv_len, q_heads, chosen_heads, sight, chosen,
+            Q_BLOCK, ROWS, KV_BLOCK, CAUSAL, LISTED, SECTION, EVERYWHERE,
+        )  # fmt: skip
+        index = chosen.block_index
+        if LISTED:
+            index += start
+        whole = (c - b) * KV_BLOCK // BLOCK_N
+        if not EVERYWHERE:
+            for step in tl.range(whole * split // SPLITS, whole * (split + 1) // SPLITS):
+                found, _, _ = keys_of(b * KV_BLOCK + step * BLOCK_N, 0, index, BLOCK_N, KV_BLOCK, LISTED, True)
+                place = places(found, batch, kv_head, key, table, PAGE_SIZE, WIDE)
+                keys = load_rows(place, found, key.col, DIM, BLOCK_D, False)
+                product = tl.dot(rows, tl.trans(keys), input_precision="ieee")
+                place = places(found, batch, kv_head, value, table, PAGE_SIZE, WIDE)
+                values = load_rows(place, found, value.col, V_DIM, BLOCK_V, False)
+                if softcap is None:
+                    total, top, mass = fold(total, top, mass, product, scale * LOG2E, values, False)
+                else:
+                    total, top, mass = fold(total, top, mass, capped(product, scale, softcap), LOG2E, values, False)
+        cut = cut_tiles(a, b, d, whole, BLOCK_N, KV_BLOCK)
+        for step in tl.range(cut * split // SPLITS, cut * (split + 1) // SPLITS):
+            found, entry, there = cut_columns(step, a, b, d, whole, index, low_first, high_last, BLOCK_N, KV_BLOCK, LISTED)
+            place = places(found, batch, kv_head, key, table, PAGE_SIZE, WIDE)
+            keys = load_rows(place, there, key.col, DIM, BLOCK_D, True)
+            product = tl.dot(rows, tl.trans(keys), input_precision="ieee")
+            seen = visible(
+                batch, safe_head, row, lane, row_there, low, high, found, start + entry, there, chosen, mask, key_mask,
+                Q_BLOCK, 0, WIDE,
+            )  # fmt: skip
+            logit, _ = biased(capped(product, scale, softcap), seen, batch, safe_head, row, found, bias, 0, WIDE)
+            place = places(found, batch, kv_head, value, table, PAGE_SIZE, WIDE)
+            values = load_rows(place, there, value.col, V_DIM, BLOCK_V, True)
+            # 0 * NaN is NaN: what a row does not see must not reach it, what it does see must
+            clean = finite(values)
+            total, top, mass = fold(total, top, mass, logit, 1.0, clean, True)
+            if tl.max(tl.max((clean.to(tl.float32) != values.to(tl.float32)).to(tl.int32), 1), 0) > 0:
+                total = restore(
+                    total, logit, found, there, batch, kv_head, value, table, V_DIM, BLOCK_V, BLOCK_N, PAGE_SIZE, WIDE
+                )
+    if sink is not None and SPLITS == 1:
+        extra = tl.load(sink + safe_head).to(tl.float32) * LOG2E
+        peak = tl.maximum(top, extra)
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        shrink = tl.exp2(top - base)
+        mass = mass * shrink + tl.exp2(extra - base)
+        total = total * shrink[:, None]
+        top = peak
+    empty = top == float("-inf")
+    weight = total / tl.where(empty, 1.0, mass)[:, None]
+    log = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, mass))) * LN2)
+    log = tl.where(top == float("inf"), float("inf"), log)
+    if LISTED:
+        # a list that cannot be walked shows in every row that it was for
+        weight = tl.where(sound, weight, float("nan"))
+        log = tl.where(sound, log, float("nan"))
+    part = tl.cast(split * batch_size + batch, tl.int64)
+    at = (part * q_heads + safe_head) * q_len + row
+    tl.store(lse + at, log, mask=row_there)
+    at = part * out.batch + tl.cast(safe_head, tl.int64) * out.head + tl.cast(row, tl.int64) * out.row
+    place = out.ptr + at[:, None] + channel[None, :] * out.col
+    tl.store(place, weight.to(out.ptr.dtype.element_ty), mask=row_there[:, None] & (channel < V_DIM)[None, :])
+
+
+def tiling(dtype: torch.dtype, width: int, rows: int, gathered: bool) -> tuple[int, int, int]:
+    """``(columns, warps, stages)`` for tiles of ``rows`` rows, ``width`` the larger padded head dim.
+
+    A table and no search: the first call compiles one kernel. Shared memory holds the rows and ``stages`` tiles of keys and
+    values, registers the output; both are held to their budgets by the ahead-of-time tests.
+    """
+    if dtype == torch.float32:
+        # full fp32 products run on the ordinary cores: small tiles, all in registers
+        columns, warps, stages = (32, 4, 2) if width <= 64 else (16, 4, 2) if width <= 128 else (16, 8, 1)
+    elif rows <= 32:
+        columns, warps, stages = (128, 4, 3) if width <= 64 else (64, 4, 3) if width <= 128 else (32, 4, 3)
+    else:
+        # pointers to single rows of gathered keys take registers too
+        wide = width <= 64 and rows >= 128 and not gathered
+        columns, warps, stages = (128 if wide else 64, 4, 3) if width <= 128 else (32, 4, 2)
+        warps = 8 if rows >= 128 else 4
+    return columns, warps, stages
+
+
+def most_rows(dtype: torch.dtype, width: int) -> int:
+    """How many rows a program may hold: their output lies in registers."""
+    if dtype == torch.float32:
+        return 64 if width <= 64 else 32 if width <= 128 else 16
+    return 128 if width <= 128 else 64
+
+
+def launch_forward(call: Call, selection: Selection, out: Tensor, lse: Tensor, splits: int = 1) -> Launch:
+    """The launch that writes ``out`` and ``lse``; with splits these have ``splits * batch`` sequences of parts."""
+    batch, q_heads, q_len, dim = call.query.shape
+    kv_heads, v_dim = call.key.shape[1], call.value.shape[3]
+    block_d, block_v = power_of_two(dim, 16), power_of_two(v_dim, 16)
+    width, group = max(block_d, block_v), q_heads // kv_heads
+    most = most_rows(call.query.dtype, width)
+    part = selection.blocks
+    q_block = min(power_of_two(q_len), most) if part is None else part.q_block
+    shared = part is None or part.heads != q_heads
+    rows, pack = packing(q_block, group, shared, most)
+    columns, warps, stages = tiling(call.query.dtype, width, rows * pack, part is not None and part.kv_block < 128)
+    grid = grid_of(selection, q_block, columns)
+    mask, bias = over_pairs(call.mask, call), over_pairs(call.bias, call)
+    pieces, packs = -(-grid.q_block // rows), kv_heads * -(-group // pack)
+    arguments = {
+        "query": view(call.query), "key": view(call.key), "value": view(call.value), "out": view(out), "lse": lse, "mask": mask,
+        "bias": bias, "key_mask": key_mask_view(call), "sink": call.sink, "sight": sight_of(call), "chosen": grid.chosen,
+        "table": None, "lengths": None, "scale": float(call.scale), "softcap": call.softcap, "batch_size": batch,
+        "q_heads": q_heads, "kv_heads": kv_heads, "chosen_heads": grid.heads, "q_len": q_len, "kv_len": call.kv_len,
+        "tiles": grid.tiles, "pieces": pieces, "packs": packs, "DIM": dim, "V_DIM": v_dim, "BLOCK_D": block_d,
+        "BLOCK_V": block_v, "ROWS": rows, "PACK": pack, "BLOCK_N": columns, "Q_BLOCK": grid.q_block, "KV_BLOCK": grid.kv_block,
+        "CAUSAL": bool(call.causal), "RANGES": grid.ranges, "PAGE_SIZE": 0, "SPLITS": splits, "WIDE": wide(call, mask, bias),
+    }  # fmt: skip
+    return Launch(attend_kernel, grid.tiles * pieces * packs * batch * splits, arguments, warps, stages)
+
+
+def attend(call: Call, selection: Selection) -> tuple[Tensor, Tensor]:
+    """``(output, lse)``; see :func:`sieve_attn.attend.triton.attend`."""
+    batch, heads, q_len, _ = call.query.shape
+    out = torch.empty((batch, heads, q_len, call.value.shape[3]), dtype=call.query.dtype, device=call.query.device)
+    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=call.query.device)
+    launch_forward(call, selection, out, lse).run(call.query)
+    return out, lse

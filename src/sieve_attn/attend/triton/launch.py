@@ -1,0 +1,120 @@
+"""From a call and its selection to kernel arguments: views, tile sizes and grids. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sieve_attn import triton as door
+from sieve_attn.attend.triton.tiles import Chosen, Sight, View
+from sieve_attn.types import Blocks, Call, Ranges, Selection
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, ready to run or to be compiled ahead of time."""
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+    def run(self, like: Tensor) -> None:
+        with door.launching_on(like):
+            self.kernel[(self.grid,)](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel cuts its work: ``pack`` heads times ``rows`` queries by ``columns`` keys."""
+
+    rows: int
+    pack: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def view(x: Tensor) -> View:
+    return View(x, *x.stride())
+
+
+def over_pairs(x: Tensor | None, call: Call) -> View | None:
+    """A mask or bias of [batch, q_heads, q_len, kv_len] with stride 0 along what is shared."""
+    if x is None:
+        return None
+    if x.dtype == torch.float64:
+        x = x.float()
+    return view(x.expand(call.query.shape[0], call.query.shape[1], call.q_len, call.kv_len))
+
+
+def key_mask_view(call: Call) -> View | None:
+    if call.key_mask is None:
+        return None
+    batch, key = call.key_mask.stride()
+    return View(call.key_mask, batch, 0, 0, key)
+
+
+def sight_of(call: Call) -> Sight:
+    """The interval of keys that packing leaves each query, from the edges on the device."""
+    if call.cu_seqlens is None:
+        return Sight(call.window, None, None)
+    if "packed" not in call.shared:
+        edges = call.cu_seqlens.to(torch.int32)
+        number = torch.arange(call.q_len, dtype=torch.int32, device=call.query.device)
+        segment = torch.searchsorted(edges, number, right=True)
+        call.shared["packed"] = edges[segment - 1], edges[segment]
+    return Sight(call.window, *call.shared["packed"])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The selection as kernels walk it: its arguments, its tiles of queries and its blocks of keys."""
+
+    chosen: Chosen
+    heads: int
+    q_block: int
+    kv_block: int
+    tiles: int
+    ranges: int  # 0 a list of blocks, 1 a prefix, 2 a window, 3 both
+    blocks: Blocks | None
+
+
+def grid_of(selection: Selection, q_block: int, kv_block: int) -> Grid:
+    """``q_block`` and ``kv_block`` cut ranges, which have no blocks of their own."""
+    part = selection.parts[0]
+    if isinstance(part, Ranges):
+        kind = 3 if part.prefix and part.window else 2 if part.window else 1
+        tiles = -(-part.q_len // q_block)
+        ahead = part.window if part.two_sided else 1
+        chosen = Chosen(None, None, None, 0, 0, 0, tiles, 0, min(part.prefix, part.kv_len), part.window, ahead)
+        return Grid(chosen, 1, q_block, kv_block, tiles, kind, None)
+    chosen = Chosen(
+        part.row_ptr.to(torch.int64).contiguous(), part.block_index.to(torch.int32).contiguous(),
+        None if part.row_mask is None else part.row_mask.contiguous(), part.block_index.shape[0],
+        0 if part.batch == 1 else part.heads * part.tiles, 0 if part.heads == 1 else part.tiles, part.tiles, part.lead, 0, 0, 0,
+    )  # fmt: skip
+    return Grid(chosen, part.heads, part.q_block, part.kv_block, part.tiles, 0, part)
+
+
+def wide(call: Call, *pairs: View | None) -> bool:
+    """Whether an offset inside of one head of some array needs more than 32 bits."""
+    reach = [x.shape[2] * x.stride(2) + x.shape[3] * x.stride(3) for x in (call.key, call.value)]
+    reach += [call.q_len * x.row + call.kv_len * x.col for x in pairs if x is not None]
+    return max(reach) >= 2**31
+
+
+def packing(q_block: int, group: int, shared: bool, most_rows: int) -> tuple[int, int]:
+    """``(rows, pack)``: queries and query heads of one program, at least 16 together, for the tensor cores' sake."""
+    rows = min(power_of_two(q_block), most_rows)
+    pack = min(power_of_two(group), max(most_rows // rows, 1)) if shared else 1
+    return max(rows, 16 // pack), pack
