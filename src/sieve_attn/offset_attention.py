@@ -35,11 +35,7 @@ class SparseWeights:
 
 @dataclass(frozen=True)
 class OffsetReport:
-    """What a call did: the ``plan`` of its output, that of its gradients, who computes them, how many pairs a head.
-
-    ``modulus`` and ``tiled_residues`` are those of a wheel, 0 for diagonals; ``costs`` are the planner's estimates in nanoseconds
-    a head, of every plan that it weighed for the output.
-    """
+    """What a call did: the ``plan`` and why, who computed it, how many pairs a head."""
 
     pattern: str
     backend: str

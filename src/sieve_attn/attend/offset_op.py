@@ -47,9 +47,9 @@ def _found(text: str, limit: int) -> tuple[stage.Reach, Tensor]:
     return found, torch.from_numpy(found.offsets.copy())
 
 
-def chosen(query: Tensor, key: Tensor, found: stage.Reach, plan: str, *, gradient: bool = False) -> stage.Plan:
-    dtype, level = str(query.dtype).removeprefix("torch."), native.level() or "portable"
-    return stage.choose_plan(plan, found, query.shape[2], key.shape[2], dtype, level, gradient=gradient)
+def chosen(query: Tensor, key: Tensor, found: stage.Reach, plan: str) -> stage.Plan:
+    dtype = str(query.dtype).removeprefix("torch.")
+    return stage.choose_plan(plan, found, query.shape[2], key.shape[2], dtype, native.level() or "portable")
 
 
 @torch.library.custom_op("sieve_attn::offset_attention", mutates_args=())
@@ -68,27 +68,26 @@ def _(query, key, value, pattern, scale, plan):
 @torch.library.custom_op("sieve_attn::offset_attention_backward", mutates_args=())
 def offset_backward_op(
     grad_output: Tensor, grad_lse: Tensor, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, pattern: str,
-    scale: float, plan: str,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     found, offsets = found_in(pattern, key.shape[2])
     with torch_ops.no_grad():
-        ran = chosen(query, key, found, plan, gradient=True)
-        return stage.backward(query, key, value, offsets, found.prefix, scale, ran, grad_output, grad_lse, output, lse)
+        return stage.backward(query, key, value, offsets, found.prefix, scale, grad_output, grad_lse, output, lse)
 
 
 @offset_backward_op.register_fake
-def _(grad_output, grad_lse, output, lse, query, key, value, pattern, scale, plan):
+def _(grad_output, grad_lse, output, lse, query, key, value, pattern, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    query, key, value, ctx.pattern, ctx.scale, ctx.plan = inputs
+    query, key, value, ctx.pattern, ctx.scale, _ = inputs
     ctx.save_for_backward(*output, query, key, value)
 
 
 def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple:
     output, lse, query, key, value = ctx.saved_tensors
-    grads = offset_backward_op(grad_output, grad_lse, output, lse, query, key, value, ctx.pattern, ctx.scale, ctx.plan)
+    grads = offset_backward_op(grad_output, grad_lse, output, lse, query, key, value, ctx.pattern, ctx.scale)
     return *grads, None, None, None
 
 

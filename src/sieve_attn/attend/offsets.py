@@ -2,7 +2,7 @@
 
 Two plans compute the same pairs. *Diagonals*: every row goes over its own list of keys, exact pairs only. *Wheel*: positions are
 grouped by their residue modulo 30 or 240, where the offsets of one residue form dense tiles between two groups; offsets whose
-residue holds few of them go by diagonals. Forward and backward are planned apart.
+residue holds few of them go by diagonals. Gradients always go by diagonals.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ Array = Any
 
 PLANS = ("auto", "diagonals", "wheel")
 MODULI = (30, 240)
-# nanoseconds a pair of one head of dimension 64 on one core: (diagonals, wheel), by level and whether it is bf16. Only their
-# ratio counts; the wheel pays for the pairs of its tiles, kept or not. `amx` is a Xeon, `avx512` an EPYC (Zen 5).
+# nanoseconds a pair of one head of dimension 64, measured on one core: (diagonals, wheel), by level and whether it is bf16.
+# Only their ratio counts; the wheel pays for the pairs of its tiles, kept or not.
 COSTS = {
-    "amx": {"bfloat16": (3.9, 0.63), "": (3.9, 1.65)},
-    "avx512": {"": (4.0, 1.4)},
+    "amx": {"bfloat16": (4.0, 1.0), "": (4.0, 2.5)},
+    "avx512": {"": (4.0, 2.5)},
     "avx2": {"": (6.0, 4.0)},
     "portable": {"": (20.0, 14.0)},
 }
-GRADIENT_COSTS = {"amx": {"": (9.5, 4.5)}, "avx512": {"": (9.2, 3.2)}, "avx2": {"": (14.0, 9.0)}, "portable": {"": (45.0, 32.0)}}
 FEW = 2  # residues with fewer offsets never make tiles
 
 
@@ -90,16 +89,15 @@ class Plan:
     cost: float = 0.0  # estimated nanoseconds a head
 
 
-def choose_plan(plan: str, found: Reach, q_len: int, kv_len: int, dtype: str, level: str, *, gradient: bool = False) -> Plan:
-    """The plan to run, from the shapes, the offsets, the dtype and the instruction-set level alone; of gradients if asked.
+def choose_plan(plan: str, found: Reach, q_len: int, kv_len: int, dtype: str, level: str) -> Plan:
+    """The plan to run, from the shapes, the offsets, the dtype and the instruction-set level alone.
 
     A residue is tiled where its dense triangle costs less than its exact pairs; ``wheel`` by name tiles every residue that
     holds at least two offsets, of the modulus that is estimated to be cheapest.
     """
     if plan not in PLANS:
         raise error("plan", f"must be one of {', '.join(PLANS)}", repr(plan), "use 'auto'")
-    table = GRADIENT_COSTS if gradient else COSTS
-    costs = table.get(level, table["portable"])
+    costs = COSTS.get(level, COSTS["portable"])
     exact_cost, tile_cost = costs.get(dtype, costs[""])
     offsets = found.offsets[: np.searchsorted(found.offsets, kv_len)]
     per_offset = _pairs_of(offsets, q_len, kv_len)
@@ -160,10 +158,10 @@ def forward(query: Array, key: Array, value: Array, offsets: Array, prefix: int,
 
 
 def backward(
-    query: Array, key: Array, value: Array, offsets: Array, prefix: int, scale: float, plan: Plan, grad_output: Array,
-    grad_lse: Array, output: Array, lse: Array,
+    query: Array, key: Array, value: Array, offsets: Array, prefix: int, scale: float, grad_output: Array, grad_lse: Array,
+    output: Array, lse: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Gradients of query, key and value; the same to the bit on any number of threads."""
+    """Gradients of query, key and value."""
     if why_not(query, value):
         call, selection = _as_call(query, key, value, offsets, prefix, scale)
         made = reference.backward(call, selection, grad_output, grad_lse)
@@ -174,12 +172,7 @@ def backward(
     lse = xp.contiguous(lse)
     grads = tuple(xp.empty(tuple(x.shape), x.dtype, query) for x in (query, key, value))
     views = [native.view(x) for x in (query, key, value, offsets)] + [prefix, scale, native.threads(query)]
-    results = [native.view(x) for x in (grad_output, lse, shift, *grads)]
-    if plan.name == "wheel":
-        residues = np.asarray(plan.residues, np.int64)
-        native.module().attend_wheel_backward(*views, plan.modulus, native.view(residues), *results)
-    else:
-        native.module().attend_offsets_backward(*views, *results)
+    native.module().attend_offsets_backward(*views, *(native.view(x) for x in (grad_output, lse, shift, *grads)))
     return grads
 
 
