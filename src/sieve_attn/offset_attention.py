@@ -109,8 +109,10 @@ def offset_attention(
         ran = offset_op.chosen(query, key, found, plan)
         pairs = found.pairs(q_len, kv_len)
         rows = min(q_len, kv_len)
-        backend = "reference" if stage.why_not(query, value) else "native"
-        report = OffsetReport(repr(pattern), backend, ran.name if backend == "native" else "reference", ran.modulus,
+        device = stage.on_device(query, value)
+        backend = "triton" if device else "reference" if stage.why_not(query, value) else "native"
+        ran = stage.Plan("diagonals") if device else ran
+        report = OffsetReport(repr(pattern), backend, "reference" if backend == "reference" else ran.name, ran.modulus,
                               len(ran.residues), pairs, pairs / (rows * (kv_len - rows) + rows * (rows + 1) / 2))  # fmt: skip
         results.append(report)
     return results[0] if len(results) == 1 else tuple(results)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sieve_attn import arrays, native
+from sieve_attn import triton as door
 from sieve_attn.attend import reference
 from sieve_attn.checks import error
 from sieve_attn.patterns import OffsetSet, Pattern, Sinks, Window
@@ -32,6 +33,7 @@ COSTS = {
     "avx2": {"": (6.0, 4.0)},
     "portable": {"": (20.0, 14.0)},
 }
+LARGEST_DIM = 512  # of the device's kernels
 FEW = 2  # residues with fewer offsets never make tiles
 
 
@@ -125,6 +127,14 @@ def _pairs_of(offsets: np.ndarray, q_len: int, kv_len: int) -> np.ndarray:
     return np.maximum(kv_len - np.maximum(offsets, kv_len - min(q_len, kv_len)), 0)
 
 
+def on_device(query: Array, value: Array) -> bool:
+    """Whether Triton's kernels run the call; they go by diagonals, whatever the plan. Their interpreter never serves here."""
+    if max(query.shape[3], value.shape[3]) > LARGEST_DIM:
+        return False
+    device = str(getattr(query, "device", "cpu")).partition(":")[0]
+    return not door.unsuitable(arrays.namespace(query).name, device, str(query.dtype).rpartition(".")[2])
+
+
 def why_not(query: Array, value: Array) -> tuple[str, ...]:
     """Why the kernels cannot run a call; empty if they can."""
     reasons = list(native.missing())
@@ -139,6 +149,10 @@ def why_not(query: Array, value: Array) -> tuple[str, ...]:
 
 def forward(query: Array, key: Array, value: Array, offsets: Array, prefix: int, scale: float, plan: Plan) -> tuple[Array, Array]:
     """``(output in the query's dtype, lse)``; ``offsets`` int64 as :class:`Reach` has them. A plan with no kernels is ignored."""
+    if on_device(query, value):
+        from sieve_attn.attend.triton import diagonals
+
+        return diagonals.attend(query, key, value, offsets, prefix, scale)
     if why_not(query, value):
         return reference.attend(*_as_call(query, key, value, offsets, prefix, scale))
     xp = arrays.namespace(query)
@@ -162,6 +176,10 @@ def backward(
     output: Array, lse: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gradients of query, key and value."""
+    if on_device(query, value):
+        from sieve_attn.attend.triton import diagonals
+
+        return diagonals.backward(query, key, value, offsets, prefix, scale, grad_output, grad_lse, output, lse)
     if why_not(query, value):
         call, selection = _as_call(query, key, value, offsets, prefix, scale)
         made = reference.backward(call, selection, grad_output, grad_lse)

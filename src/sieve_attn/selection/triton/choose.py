@@ -22,13 +22,15 @@ def ordered(x):
 def wanted_blocks(visible, limit, share_bits, RULE: tl.constexpr):
     """How many blocks a rank rule keeps; ``share_bits`` are those of the fp64 share of visible blocks."""
     if RULE == COUNT:
-        return tl.minimum(visible, limit)
-    wanted = visible.to(tl.float64) * share_bits.to(tl.int64).to(tl.float64, bitcast=True)
-    below = tl.floor(wanted)
-    rest = wanted - below
-    whole = below.to(tl.int64)
-    up = (rest > 0.5) | ((rest == 0.5) & (whole % 2 == 1))
-    return tl.maximum(whole + up.to(tl.int64), 1).to(tl.int32)
+        k = tl.minimum(visible, limit)
+    else:
+        wanted = visible.to(tl.float64) * share_bits.to(tl.int64).to(tl.float64, bitcast=True)
+        below = tl.floor(wanted)
+        rest = wanted - below
+        whole = below.to(tl.int64)
+        up = (rest > 0.5) | ((rest == 0.5) & (whole % 2 == 1))
+        k = tl.maximum(whole + up.to(tl.int64), 1).to(tl.int32)
+    return k
 
 
 @triton.jit
@@ -59,13 +61,13 @@ def kth_level(level, begin, stop, to_block, k, CHUNK: tl.constexpr):
     left = k
     bins = tl.arange(0, 256)
     for step in tl.static_range(4):
-        SHIFT: tl.constexpr = 24 - 8 * step
+        shift = 24 - 8 * step
         counts = tl.zeros((256,), tl.int32)
         for first in range(begin, stop, CHUNK):
             block = first + tl.arange(0, CHUNK)
             x = tl.load(level + block, block < to_block, 0).to(tl.int64) + 2147483648
-            mine = (block < to_block) & ((x >> (SHIFT + 8)) == prefix)
-            counts += tl.histogram(((x >> SHIFT) & 255).to(tl.int32), 256, mask=mine)
+            mine = (block < to_block) & ((x >> (shift + 8)) == prefix)
+            counts += tl.histogram(((x >> shift) & 255).to(tl.int32), 256, mask=mine)
         at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
         digit = tl.max(tl.where(at_least >= left, bins, 0), 0)
         left -= tl.sum(tl.where(bins > digit, counts, 0), 0)

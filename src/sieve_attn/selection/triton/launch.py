@@ -26,6 +26,7 @@ CHUNK_BYTES = 1 << 26  # estimates that exist at a time
 MOST_UNITS = 1024  # of a chunk
 INDEX_BYTES = 1 << 30  # lists of more room than that are sized by what was found, for which the host waits
 FEW_QUERIES = 16  # up to these the planes are unpacked where they are scored; more share one unpacked copy
+LANES_TIMES_BLOCKS = 8192  # that one program looks at in one step
 PROGRAMS = 4  # a multiprocessor, at the least, where the work can be cut so
 
 
@@ -66,10 +67,11 @@ def grid_of(call: Call, policy: Any) -> Grid:
     each = triton.next_power_of_2(policy.block_size)
     sketch = isinstance(policy.scorer, KeySketch)
     group = q_heads // heads
+    rows_at_once = min(64, max(16, triton.next_power_of_2(group * slots)))
     return Grid(
         batch, heads, -(-(call.q_len + lead) // tile), lead, -(-call.kv_len // policy.block_size), group, slots, stride,
-        rows_at_once=min(64, max(16, triton.next_power_of_2(group * slots))),
-        blocks_at_once=max(1, 128 // each) if sketch else 64, each=each,
+        rows_at_once=rows_at_once,
+        blocks_at_once=max(1, (64 if rows_at_once > 16 else 128) // each) if sketch else 32, each=each,
         padded=max(32, triton.next_power_of_2(call.query.shape[3])),
     )  # fmt: skip
 
@@ -182,8 +184,9 @@ class _Run:
             *query.stride(), *key.stride(), *(part.stride() if masked else (0, 0)), *plane_strides,
             *(key_scale.stride()[:2] if sketched else (0, 0)), *mean.stride()[:2], *count.stride()[:2],
         )  # fmt: skip
+        lanes = max(2, triton.next_power_of_2(min(policy.query_tile, call.q_len)))
         self.seen = {
-            "TILE": policy.query_tile, "LANES": triton.next_power_of_2(policy.query_tile), "CAUSAL": bool(call.causal),
+            "TILE": policy.query_tile, "LANES": lanes, "CAUSAL": bool(call.causal),
             "WINDOW": call.window is not None, "PACKED": packed, "MASKED": masked, "SIZE": policy.block_size,
         }  # fmt: skip
         self.heads = {"heads": grid.heads, "KV_EACH": grid.heads // key.shape[1]}
@@ -193,12 +196,13 @@ class _Run:
             "EXPANDED": expanded, "CAPPED": call.softcap is not None, "EACH": grid.each, "BLOCKS": grid.blocks_at_once,
             "PADDED": grid.padded, "ROWS": grid.rows_at_once,
         }  # fmt: skip
+        self.warps = (16 if careful else 8) if grid.rows_at_once > 16 else 4
         self.forced = {"SINKS": sinks > 0, "NEAR": near > 0}
         self.ends = (sinks, near)
         self.turns = turns
         finite = _rows_in_line(geometry.finite, 2)
         self.frame = (finite.view(torch.int8), before, edges, *finite.stride()[:2])
-        self.chunk = min(1024, max(16, triton.next_power_of_2(grid.blocks)))
+        self.chunk = min(1024, max(16, min(triton.next_power_of_2(grid.blocks), LANES_TIMES_BLOCKS // lanes)))
         self.rows_chosen = max(1, min(64, grid.rows, 4096 // self.chunk))
         self.limit = selector.blocks if isinstance(selector, TopK) else 0
         share = 1.0 - selector.sparsity if isinstance(selector, TargetSparsity) else 0.0
@@ -240,7 +244,7 @@ class _Run:
             scoring.score[(units, row_tiles, self.splits)](
                 *self.scored, self.estimate, *self.parts, first, *self.places, self.span, self.calibration, self.window,
                 float(self.call.scale), float(self.cap), *self.strides, STRIDE=grid.stride, SLOTS=grid.slots, **shared,
-                **self.scorer, num_warps=4,
+                **self.scorer, num_warps=self.warps, num_stages=2,
             )  # fmt: skip
         found = (number, kept, visible, dense.view(torch.int8))
         choosing.choose[(units,)](
@@ -254,7 +258,7 @@ class _Run:
             choosing.remember[(units,)](
                 *self.scored, self.sights, self.marks, *found, self.forgotten, first, *self.places, self.calibration, self.window,
                 float(self.call.scale), float(self.cap), float(policy.dense_above), *self.strides, MAY_TURN=self.turns, **shared,
-                **self.scorer, CHUNK=min(64, self.chunk), num_warps=4,
+                **self.scorer, CHUNK=min(64, self.chunk), num_warps=self.warps, num_stages=2,
             )  # fmt: skip
 
     def list(self, first: int, units: int, number: Tensor, row_ptr: Tensor, index: Tensor) -> None:

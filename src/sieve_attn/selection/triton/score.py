@@ -79,13 +79,14 @@ def prepared(
         x = x * tl.load(channel_scale + channel, channel < dim, 0.0)[None, :]
     sound = tl.min(is_finite(x).to(tl.int32), 1) != 0
     x = tl.where(sound[:, None], x, 0.0)
-    if SCORER == SKETCH and ROUNDED:
-        step = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 1), 1e-30), tl.full((x.shape[0],), 127.0, tl.float32))
-        whole = tl.floor(tl.div_rn(x, step[:, None] + tl.zeros_like(x)) + 0.5)
-        return whole.to(tl.int8), step, tl.sum(whole, 1), sound
+    step = tl.full((query_at.shape[0],), 1.0, tl.float32)
+    if ROUNDED:
+        step = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 1), 1e-30), step * 127.0)
+        x = tl.floor(tl.div_rn(x, step[:, None] + tl.zeros_like(x)) + 0.5)
+    extra = tl.sum(x, 1)
     if SCORER == BALL:
-        return x, 1.0 + tl.zeros_like(tl.sum(x, 1)), tl.sqrt_rn(tl.sum(x * x, 1)) * (1.0 + dim * 2.0**-23), sound
-    return x, 1.0 + tl.zeros_like(tl.sum(x, 1)), tl.sum(x, 1), sound
+        extra = tl.sqrt_rn(tl.sum(x * x, 1)) * (1.0 + dim * 2.0**-23)
+    return x.to(tl.int8) if ROUNDED else x, step, extra, sound
 
 
 @triton.jit
@@ -109,8 +110,8 @@ def estimates(
         seen = taking[None, :] & (number[None, :] >= low[:, None]) & (number[None, :] < high[:, None])
         channel = tl.arange(0, PADDED)
         if EXPANDED:
-            at = codes + number.to(tl.int64)[:, None] * PADDED + channel[None, :]
-            code = tl.load(at, there[:, None], 0)
+            expanded = codes + number.to(tl.int64)[:, None] * PADDED + channel[None, :]
+            code = tl.load(expanded, there[:, None], 0)
         else:
             byte_there = tl.arange(0, PADDED // 8) * 8 < dim
             place = number.to(tl.int64) * ((dim + 7) // 8)
@@ -132,8 +133,9 @@ def estimates(
             if some_early:
                 inside = (channel < dim)[None, :]
                 x = tl.load(query + query_at[:, None] + channel.to(tl.int64)[None, :] * q_d, early[:, None] & inside, 0.0)
-                at = key + number.to(tl.int64)[:, None] * key_m + channel.to(tl.int64)[None, :] * key_d
-                exact = tl.dot(x, tl.trans(tl.load(at, there[:, None] & inside, 0.0)), input_precision="ieee") * scale
+                whole_keys = key + number.to(tl.int64)[:, None] * key_m + channel.to(tl.int64)[None, :] * key_d
+                k = tl.load(whole_keys, there[:, None] & inside, 0.0)
+                exact = tl.dot(x, tl.trans(k), input_precision="ieee") * scale
                 if CAPPED:
                     exact = cap_of(exact, softcap)
                 exact = log_sum(tl.where(seen, exact, float("-inf")).reshape(rows.shape[0], BLOCKS, EACH))

@@ -50,8 +50,8 @@ def looked_at(row, tile, q_len, lead, TILE: tl.constexpr, STRIDE: tl.constexpr, 
 
 @triton.jit
 def tile_queries(tile, q_len, lead, TILE: tl.constexpr, LANES: tl.constexpr):
-    """``(query, there)`` of all lanes of a tile."""
-    lane = tl.arange(0, LANES)
+    """``(query, there)`` of the lanes of a tile from the first query on."""
+    lane = tl.arange(0, LANES) + tl.where(tile == 0, lead, 0)
     query = tile * TILE - lead + lane
     return query, (lane < TILE) & (query >= 0) & (query < q_len)
 
