@@ -19,7 +19,7 @@ from sieve_attn.selection.triton.sight import interval
 from sieve_attn.types import Call, Selection, Tokens
 
 MOST = 128  # keys of a row that fit the registers; more are chosen by array operations
-ENTRIES = 4096  # logits of one program at a time
+ENTRIES = 2048  # logits of one program at a time
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from sieve_attn import triton as door
 from sieve_attn.attend.triton.launch import power_of_two
 from sieve_attn.attend.triton.tokens import rows_of
 
-ENTRIES = 4096  # rows times channels of one program
+ENTRIES = 2048  # rows times channels of one program
 MOST_ROWS = 64
 
 

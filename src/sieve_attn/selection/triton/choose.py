@@ -283,8 +283,8 @@ def remember(
     sights += local.to(tl.int64) * blocks
     batch, head, tile = unit_at(unit, tiles, heads)
     lanes, lane_there = tile_queries(tile, q_len, lead, TILE, LANES)
-    low, high = interval(lanes, edges, q_len, kv_len, offset, window, CAUSAL, WINDOW, PACKED, lane_there)
-    from_block, to_block = reach(low, high, lane_there, kv_len, SIZE)
+    lane_low, lane_high = interval(lanes, edges, q_len, kv_len, offset, window, CAUSAL, WINDOW, PACKED, lane_there)
+    from_block, to_block = reach(lane_low, lane_high, lane_there, kv_len, SIZE)
     begin = from_block // CHUNK * CHUNK
     lost_some = tl.load(forgotten + local) != 0
     if lost_some:

@@ -67,7 +67,9 @@ def grid_of(call: Call, policy: Any) -> Grid:
     each = triton.next_power_of_2(policy.block_size)
     sketch = isinstance(policy.scorer, KeySketch)
     group = q_heads // heads
-    rows_at_once = min(64, max(16, triton.next_power_of_2(group * slots)))
+    # the branch for queries before the calibration of the sketch needs registers of its own
+    early = sketch and (call.key_mask is not None or call.offset < max(CALIBRATION, policy.block_size))
+    rows_at_once = min(32 if early else 64, max(16, triton.next_power_of_2(group * slots)))
     return Grid(
         batch, heads, -(-(call.q_len + lead) // tile), lead, -(-call.kv_len // policy.block_size), group, slots, stride,
         rows_at_once=rows_at_once,
@@ -196,14 +198,14 @@ class _Run:
             "EXPANDED": expanded, "CAPPED": call.softcap is not None, "EACH": grid.each, "BLOCKS": grid.blocks_at_once,
             "PADDED": grid.padded, "ROWS": grid.rows_at_once,
         }  # fmt: skip
-        self.warps = (16 if careful else 8) if grid.rows_at_once > 16 else 4
+        self.warps = 8 if grid.rows_at_once > 16 else 4
         self.forced = {"SINKS": sinks > 0, "NEAR": near > 0}
         self.ends = (sinks, near)
         self.turns = turns
         finite = _rows_in_line(geometry.finite, 2)
         self.frame = (finite.view(torch.int8), before, edges, *finite.stride()[:2])
-        self.chunk = min(1024, max(16, min(triton.next_power_of_2(grid.blocks), LANES_TIMES_BLOCKS // lanes)))
-        self.rows_chosen = max(1, min(64, grid.rows, 4096 // self.chunk))
+        self.chunk = min(1024, max(64, min(triton.next_power_of_2(grid.blocks), LANES_TIMES_BLOCKS // lanes)))
+        self.rows_chosen = max(1, min(64, grid.rows, 2048 // self.chunk))
         self.limit = selector.blocks if isinstance(selector, TopK) else 0
         share = 1.0 - selector.sparsity if isinstance(selector, TargetSparsity) else 0.0
         self.share_bits = struct.unpack("<q", struct.pack("<d", share))[0]
@@ -258,7 +260,7 @@ class _Run:
             choosing.remember[(units,)](
                 *self.scored, self.sights, self.marks, *found, self.forgotten, first, *self.places, self.calibration, self.window,
                 float(self.call.scale), float(self.cap), float(policy.dense_above), *self.strides, MAY_TURN=self.turns, **shared,
-                **self.scorer, CHUNK=min(64, self.chunk), num_warps=self.warps, num_stages=2,
+                **(self.scorer | {"ROWS": 16}), CHUNK=min(64, self.chunk), num_warps=4, num_stages=2,
             )  # fmt: skip
 
     def list(self, first: int, units: int, number: Tensor, row_ptr: Tensor, index: Tensor) -> None:
