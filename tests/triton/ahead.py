@@ -68,10 +68,10 @@ def offsets(dim=128, dtype=torch.bfloat16):
     diagonals.backward(*given, output, lse, output, lse)
 
 
-def summaries(dim, size, dtype):
+def summaries(dim, size, dtype, **more):
     k = torch.empty(1, 8, 512, dim, dtype=dtype)
-    asked = Statistics(radius=True, box=True, value=True, sketch_bits=8)
-    geometry.summarise(k, size, asked, k, None, None, (1.0, 0.95))
+    asked = Statistics(radius=True, sketch_bits=8, **more)
+    geometry.summarise(k, size, asked, k if asked.value else None, None, None, (1.0, 0.95))
 
 
 MEANS = policies.Policy(scores.Mean(), selection.TargetSparsity(0.9), block_size=64)
@@ -87,7 +87,7 @@ CASES = {
     "top-k": top_k,
     "top-k fp32": lambda: top_k(64, torch.float32),
     "offsets": offsets,
-    "summaries": lambda: summaries(64, 16, torch.float16),
+    "summaries": lambda: summaries(64, 16, torch.float16, box=True, value=True),
     "large blocks": lambda: summaries(128, 64, torch.float32),
 }  # fmt: skip
 

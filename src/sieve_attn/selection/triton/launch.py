@@ -260,7 +260,7 @@ class _Run:
             choosing.remember[(units,)](
                 *self.scored, self.sights, self.marks, *found, self.forgotten, first, *self.places, self.calibration, self.window,
                 float(self.call.scale), float(self.cap), float(policy.dense_above), *self.strides, MAY_TURN=self.turns, **shared,
-                **(self.scorer | {"ROWS": 16}), CHUNK=min(64, self.chunk), num_warps=4, num_stages=2,
+                **(self.scorer | {"ROWS": 16}), CHUNK=min(64, self.chunk), num_warps=8, num_stages=2,
             )  # fmt: skip
 
     def list(self, first: int, units: int, number: Tensor, row_ptr: Tensor, index: Tensor) -> None:
