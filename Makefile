@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak sanitize setup lint clean
+.PHONY: demo test soak gpu-check sanitize setup lint clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,10 @@ test: setup lint
 soak: setup
 	$(BIN)/python -m pytest -m long
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m long tests/triton
+
+# the contract on a CUDA device, with a record in bench/results/; without a device it says so
+gpu-check: setup
+	$(BIN)/python tests/gpu/check.py
 
 # C++ tests of the kernels: addresses and undefined behaviour, then threads; nothing but CMake and a compiler is needed
 SANITIZERS := address,undefined thread

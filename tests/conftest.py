@@ -5,5 +5,6 @@ import os
 import torch
 
 torch.set_num_threads(1)
-# Triton's interpreter is for a whole process or not at all: `make test` runs that folder apart
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") else ["triton"]
+# Triton's interpreter is for a whole process or not at all: `make test` runs that folder apart; the other one needs a device
+interpreted = bool(os.environ.get("TRITON_INTERPRET"))
+collect_ignore = [*([] if interpreted else ["triton"]), *([] if torch.cuda.is_available() and not interpreted else ["gpu"])]

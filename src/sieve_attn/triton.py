@@ -63,6 +63,16 @@ def launching_on(x: Array) -> AbstractContextManager:
     return sys.modules["torch"].cuda.device_of(x)
 
 
+def capability(x: Array) -> tuple[int, int]:
+    """Compute capability of the device of ``x``; the interpreter plays the oldest card that kernels know."""
+    return _capability(x.device.index) if x.is_cuda else CAPABILITY
+
+
+@lru_cache
+def _capability(index: int) -> tuple[int, int]:
+    return sys.modules["torch"].cuda.get_device_capability(index)
+
+
 def multiprocessors(x: Array) -> int:
     """How many programs the device of ``x`` runs side by side, at the least."""
     return _multiprocessors(x.device.index) if x.is_cuda else 1

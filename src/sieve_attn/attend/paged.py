@@ -54,7 +54,9 @@ def paged_attention(
     :func:`sieve_attn.attention`.
 
     Returns the output [batch, q_heads, q_len, v_dim], with ``return_lse`` also lse [batch, q_heads, q_len] in fp32. Raises
-    ValueError (or TypeError) before any work, also where the table names no page of the cache. For one sequence it equals::
+    ValueError (or TypeError) before any work, also where the table names no page of the cache; with ``lengths`` on a GPU, the
+    numbers in the table and in ``lengths`` are not read back, and whoever fills them vouches for them. For one sequence it
+    equals::
 
         pages = block_table[b, : ceil(lengths[b] / page_size)]
         key = key_cache[pages].flatten(0, 1)[: lengths[b]].transpose(0, 1)[None]
@@ -149,12 +151,13 @@ def _checked(query, key_cache, value_cache, block_table, lengths, scale, softcap
     if len(block_table.shape) != 2 or block_table.shape[0] != batch or str(block_table.dtype).rpartition(".")[2] != "int32":
         rule = f"must be int32 of shape [{batch}, most pages]"
         raise error("block_table", rule, f"{block_table.dtype} of shape {shape_of(block_table)}", "give every sequence a row")
-    held = [int(n) for n in lengths]
     most = int(block_table.shape[1]) * size
-    if len(held) != batch or min(held) < q_len or max(held) > most:
+    # what lies on another device is not read back: a step would wait for it and could not be captured in a graph
+    held = [int(n) for n in lengths] if str(getattr(lengths, "device", "cpu")) == "cpu" else None
+    if len(lengths) != batch or (held and (min(held) < q_len or max(held) > most)):
         rule = f"must hold one number a sequence, from q_len ({q_len}) to the table's {most} keys"
-        raise error("lengths", rule, str(held[:8]), "count the queries' own keys too")
-    for b, length in enumerate(held):
+        raise error("lengths", rule, str((held or lengths.shape)[:8]), "count the queries' own keys too")
+    for b, length in enumerate(held or ()):
         row = block_table[b, : -(-length // size)]
         if int(row.min()) < 0 or int(row.max()) >= count:
             rule = f"must name pages 0..{count - 1} of the cache"
@@ -168,12 +171,21 @@ def _checked(query, key_cache, value_cache, block_table, lengths, scale, softcap
     if sink is not None and shape_of(sink) != (q_heads,):
         raise error("sink", f"must hold one logit a query head, shape [{q_heads}]", f"shape {shape_of(sink)}", "expand it")
     if selection is not None:
-        _selection_fits(selection, batch, q_heads, kv_heads, q_len, max(held))
+        _selection_fits(selection, batch, q_heads, kv_heads, q_len, max(held) if held else q_len)
     if any(_last_stride(x) != 1 for x in (query, key_cache, value_cache)):
         raise error("query, key_cache, value_cache", "must have channels side by side", "other strides", "call .contiguous()")
     key, value = (xp.permute(x, (0, 2, 1, 3)) for x in (key_cache, value_cache))
     return Pages(
-        query, key, value, block_table, xp.asarray(held, xp.int64, query), scale or dim**-0.5, softcap, window, sink, selection
+        query,
+        key,
+        value,
+        block_table,
+        xp.asarray(lengths if held is None else held, xp.int64, query),
+        scale or dim**-0.5,
+        softcap,
+        window,
+        sink,
+        selection,
     )
 
 

@@ -36,9 +36,20 @@ def why_not(request: Any) -> tuple[str, ...]:
 
 def attend(call: Call, selection: Selection, far_field: None = None) -> tuple[Array, Array]:
     """``(output [batch, q_heads, q_len, v_dim] in the query's dtype, lse [batch, q_heads, q_len])``."""
-    from sieve_attn.attend.triton import forward, tokens
+    from sieve_attn.attend.triton import forward, launch, tokens
 
-    return (tokens if selection.kinds == ("Tokens",) else forward).attend(call, selection)
+    if selection.kinds == ("Tokens",):
+        return tokens.attend(call, selection)
+    if selection.blocks is not None:
+        launch.check_blocks(selection.blocks)
+    return forward.attend(call, selection)
+
+
+def attend_paged(pages: Any) -> tuple[Array, Array]:
+    """``(output, lse)`` of a few queries a sequence over a cache in pages; see :mod:`sieve_attn.attend.paged`."""
+    from sieve_attn.attend.triton import forward
+
+    return forward.attend_paged(pages)
 
 
 def top_k(call: Call, count: int) -> tuple[Array, Array, Array, Array]:

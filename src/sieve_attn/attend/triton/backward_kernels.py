@@ -25,7 +25,9 @@ from sieve_attn.attend.triton.tiles import (
     lanes_of,
     load_rows,
     places,
+    row_places,
     rows_of,
+    store_rows,
     visible,
     walk_of,
 )
@@ -41,23 +43,12 @@ def shift_kernel(
     row = at % q_len
     head = at // q_len % q_heads
     batch = at // q_len // q_heads
-    given = load_rows(
-        grad.ptr + batch * grad.batch + head * grad.head + row * grad.row, there, grad.col, V_DIM, BLOCK_V, True
-    ).to(tl.float32)
-    made = load_rows(out.ptr + batch * out.batch + head * out.head + row * out.row, there, out.col, V_DIM, BLOCK_V, True)
+    given = load_rows(grad.ptr, batch * grad.batch + head * grad.head + row * grad.row, there, grad.col, V_DIM, BLOCK_V, True)
+    made = load_rows(out.ptr, batch * out.batch + head * out.head + row * out.row, there, out.col, V_DIM, BLOCK_V, True)
     total = tl.load(grad_lse.ptr + batch * grad_lse.batch + head * grad_lse.head + row * grad_lse.row, mask=there, other=0.0)
     empty = tl.load(lse + at, mask=there, other=0.0) == float("-inf")
     total = tl.where(empty, 0.0, total.to(tl.float32))
-    tl.store(shift + at, total - tl.sum(given * made.to(tl.float32), 1), mask=there)
-
-
-@triton.jit
-def row_numbers(lse, shift, batch, head, row, there, q_heads, q_len):
-    """``(lse in powers of two, shift)`` of rows; +inf, hence weights of zero, where there is no row or it saw nothing."""
-    at = (tl.cast(batch, tl.int64) * q_heads + head) * q_len + row
-    log = tl.load(lse + at, mask=there, other=float("inf"))
-    log = tl.where(log == float("-inf"), float("inf"), log * LOG2E)
-    return log, tl.load(shift + at, mask=there, other=0.0)
+    tl.store(shift + at, total - tl.sum(given.to(tl.float32) * made.to(tl.float32), 1), mask=there)
 
 
 @triton.jit
@@ -92,6 +83,26 @@ def cut_slopes(
     return weight, slope, inner, seen
 
 
+@triton.jit
+def rows_and_gradients(
+    query, grad, lse, shift, batch, first_head, head, row, there, q_heads, q_len,
+    DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """``(queries, output gradients, lse in powers of two, shift)`` of the rows of a tile.
+
+    An lse of +inf gives weights of zero: where there is no row, and where it saw nothing.
+    """
+    base, offset = row_places(head, row, there, batch, first_head, query, WIDE)
+    rows = load_rows(base, offset, there, query.col, DIM, BLOCK_D, True)
+    base, offset = row_places(head, row, there, batch, first_head, grad, WIDE)
+    given = load_rows(base, offset, there, grad.col, V_DIM, BLOCK_V, True)
+    start = (tl.cast(batch, tl.int64) * q_heads + first_head) * q_len
+    at = (head - first_head) * q_len + row
+    log = tl.load(lse + start + at, mask=there, other=float("inf"))
+    log = tl.where(log == float("-inf"), float("inf"), log * LOG2E)
+    return rows, given, log, tl.load(shift + start + at, mask=there, other=0.0)
+
+
 @triton.jit(do_not_specialize=["q_len", "kv_len", "tiles", "chosen_heads", "first_batch", "first_pack"])
 def query_kernel(
     query, key, value, grad, lse, shift, grad_query, grad_bias, row_sums, mask, bias, key_mask, sight, chosen,
@@ -110,18 +121,16 @@ def query_kernel(
     batch, kv_head, tile, piece, head, lane, row, row_there = rows_of(
         tl.program_id(0), tiles, pieces, packs, q_heads, kv_heads, q_len, chosen, first_batch, first_pack, Q_BLOCK, ROWS, PACK
     )
-    safe_head = tl.where(row_there, head, 0)
-    wide_row, wide_head = tl.cast(row, tl.int64), tl.cast(safe_head, tl.int64)
-    at = tl.cast(batch, tl.int64) * query.batch + wide_head * query.head + wide_row * query.row
-    rows = load_rows(query.ptr + at, row_there, query.col, DIM, BLOCK_D, True)
-    at = tl.cast(batch, tl.int64) * grad.batch + wide_head * grad.head + wide_row * grad.row
-    given = load_rows(grad.ptr + at, row_there, grad.col, V_DIM, BLOCK_V, True)
-    log, moved = row_numbers(lse, shift, batch, safe_head, row, row_there, q_heads, q_len)
+    first_head = kv_head * (q_heads // kv_heads)
+    safe_head = tl.where(row_there, head, first_head)
+    rows, given, log, moved = rows_and_gradients(
+        query, grad, lse, shift, batch, first_head, head, row, row_there, q_heads, q_len, DIM, V_DIM, BLOCK_D, BLOCK_V, WIDE
+    )
     total = tl.zeros([ROWS * PACK, BLOCK_D], tl.float32)
     sums = tl.zeros([ROWS * PACK], tl.float32)
     for turn in tl.static_range(2 if RANGES == 3 else 1):
         SECTION: tl.constexpr = turn + 1 if RANGES == 3 else RANGES
-        start, low, high, low_first, high_last, a, b, c, d, _ = walk_of(
+        start, low, high, low_first, high_last, a, b, c, d, _sound = walk_of(
             batch, kv_head, tile, piece, head, row, row_there, q_len, kv_len, q_heads, chosen_heads, sight, chosen,
             Q_BLOCK, ROWS, KV_BLOCK, CAUSAL, LISTED, SECTION, EVERYWHERE,
         )  # fmt: skip
@@ -131,26 +140,29 @@ def query_kernel(
         whole = (c - b) * KV_BLOCK // BLOCK_N
         if not EVERYWHERE:
             for step in tl.range(0, whole):
-                found, _, _ = keys_of(b * KV_BLOCK + step * BLOCK_N, 0, index, BLOCK_N, KV_BLOCK, LISTED, True)
-                place = places(found, batch, kv_head, key, None, 0, WIDE)
-                keys = load_rows(place, found, key.col, DIM, BLOCK_D, False)
-                place = places(found, batch, kv_head, value, None, 0, WIDE)
-                values = load_rows(place, found, value.col, V_DIM, BLOCK_V, False)
+                found, _entry, _there = keys_of(b * KV_BLOCK + step * BLOCK_N, 0, index, BLOCK_N, KV_BLOCK, LISTED, True)
+                base, offset = places(found, batch, kv_head, key, None, 0, WIDE)
+                keys = load_rows(base, offset, found, key.col, DIM, BLOCK_D, False)
+                base, offset = places(found, batch, kv_head, value, None, 0, WIDE)
+                values = load_rows(base, offset, found, value.col, V_DIM, BLOCK_V, False)
                 product = tl.dot(rows, tl.trans(keys), input_precision="ieee")
                 pull = tl.dot(given, tl.trans(values), input_precision="ieee")
-                _, _, slope = slopes(product, log, moved, pull, scale, softcap, 0)
+                _weight, _slope, slope = slopes(product, log, moved, pull, scale, softcap, 0)
                 total = tl.dot(slope.to(keys.dtype), keys, total, input_precision="ieee")
-        for step in tl.range(0, cut_tiles(a, b, d, whole, BLOCK_N, KV_BLOCK)):
+        for step in tl.range(0, cut_tiles(a, b, d, whole, BLOCK_N, KV_BLOCK), num_stages=None if EVERYWHERE else 1):
             found, entry, there = cut_columns(step, a, b, d, whole, index, low_first, high_last, BLOCK_N, KV_BLOCK, LISTED)
-            keys = load_rows(places(found, batch, kv_head, key, None, 0, WIDE), there, key.col, DIM, BLOCK_D, True)
-            values = load_rows(places(found, batch, kv_head, value, None, 0, WIDE), there, value.col, V_DIM, BLOCK_V, True)
+            # a key that is no number shows in the lse of the rows that see it; others must not meet it
+            base, offset = places(found, batch, kv_head, key, None, 0, WIDE)
+            keys = finite(load_rows(base, offset, there, key.col, DIM, BLOCK_D, True))
+            base, offset = places(found, batch, kv_head, value, None, 0, WIDE)
+            values = finite(load_rows(base, offset, there, value.col, V_DIM, BLOCK_V, True))
             seen = visible(
                 batch, safe_head, row, lane, row_there, low, high, found, start + entry, there, chosen, mask, key_mask,
                 Q_BLOCK, 0, WIDE,
             )  # fmt: skip
             product = tl.dot(rows, tl.trans(keys), input_precision="ieee")
-            pull = tl.dot(given, tl.trans(finite(values)), input_precision="ieee")
-            _, slope, inner, seen = cut_slopes(
+            pull = tl.dot(given, tl.trans(values), input_precision="ieee")
+            _weight, slope, inner, seen = cut_slopes(
                 product, log, moved, pull, scale, softcap, seen, batch, safe_head, row, found, bias, 0, WIDE
             )
             if row_sums is not None:
@@ -158,30 +170,11 @@ def query_kernel(
             if grad_bias is not None:
                 place = cells(grad_bias, batch, safe_head, row, found, 0, WIDE)
                 tl.store(place, tl.load(place, mask=seen, other=0.0) + slope, mask=seen)
-            total = tl.dot(inner.to(keys.dtype), finite(keys), total, input_precision="ieee")
+            total = tl.dot(inner.to(keys.dtype), keys, total, input_precision="ieee")
     if row_sums is not None:
         tl.store(row_sums + (tl.cast(batch, tl.int64) * q_heads + safe_head) * q_len + row, sums, mask=row_there)
-    channel = tl.arange(0, BLOCK_D)
-    at = tl.cast(batch, tl.int64) * grad_query.batch + wide_head * grad_query.head + wide_row * grad_query.row
-    place = grad_query.ptr + at[:, None] + channel[None, :] * grad_query.col
-    there = row_there[:, None] & (channel < DIM)[None, :]
-    tl.store(place, (total * scale).to(grad_query.ptr.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def rows_and_gradients(
-    query, grad, lse, shift, batch, head, row, there, q_heads, q_len,
-    DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """``(queries, output gradients, lse in powers of two, shift)`` of the rows of a tile."""
-    safe_head = tl.where(there, head, 0)
-    wide_row, wide_head = tl.cast(row, tl.int64), tl.cast(safe_head, tl.int64)
-    at = tl.cast(batch, tl.int64) * query.batch + wide_head * query.head + wide_row * query.row
-    rows = load_rows(query.ptr + at, there, query.col, DIM, BLOCK_D, True)
-    at = tl.cast(batch, tl.int64) * grad.batch + wide_head * grad.head + wide_row * grad.row
-    given = load_rows(grad.ptr + at, there, grad.col, V_DIM, BLOCK_V, True)
-    log, moved = row_numbers(lse, shift, batch, safe_head, row, there, q_heads, q_len)
-    return rows, given, log, moved
+    row_base, row_offset = row_places(head, row, row_there, batch, first_head, grad_query, WIDE)
+    store_rows(total * scale, row_base, row_offset, row_there, grad_query.col, DIM, BLOCK_D)
 
 
 @triton.jit
@@ -217,7 +210,7 @@ def key_kernel(
     scale, softcap, q_heads, kv_heads, chosen_heads, q_len, kv_len, pieces, blocks,
     DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
     PACK: tl.constexpr, BLOCK_N: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
-    RANGES: tl.constexpr, WIDE: tl.constexpr,
+    RANGES: tl.constexpr, SHARED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """``grad_key`` and ``grad_value`` of up to ``BLOCK_N`` keys of one block, over every tile of queries that keeps it.
 
@@ -236,16 +229,21 @@ def key_kernel(
     found = first_key + tl.arange(0, BLOCK_N)
     there = found < stop_key
     found = tl.where(there, found, 0)
-    keys = load_rows(places(found, batch, kv_head, key, None, 0, WIDE), there, key.col, DIM, BLOCK_D, True)
-    values = load_rows(places(found, batch, kv_head, value, None, 0, WIDE), there, value.col, V_DIM, BLOCK_V, True)
+    base, offset = places(found, batch, kv_head, key, None, 0, WIDE)
+    keys = load_rows(base, offset, there, key.col, DIM, BLOCK_D, True)
+    base, offset = places(found, batch, kv_head, value, None, 0, WIDE)
+    values = load_rows(base, offset, there, value.col, V_DIM, BLOCK_V, True)
     d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for pack in range(0, (group + PACK - 1) // PACK):
+    # heads that share a list take turns at each of its tiles; others bring a list of their own
+    packs = (group + PACK - 1) // PACK
+    turns = pieces * packs if SHARED else pieces
+    for own_pack in range(0, 1 if SHARED else packs):
         listed = turned.tile
         start = tl.full([], 0, tl.int64)
         count = chosen.tiles
         if LISTED:
-            chosen_head = tl.where(chosen_heads == q_heads, kv_head * group + pack, kv_head)
+            chosen_head = tl.where(chosen_heads == q_heads, kv_head * group + own_pack, kv_head)
             chosen_head = tl.where(chosen_heads == 1, 0, chosen_head)
             column = batch * turned.batch + chosen_head * turned.head + block
             start = tl.load(turned.ptr + column)
@@ -261,23 +259,40 @@ def key_kernel(
                 b = a
                 c = a
             else:
-                for step in tl.range(b * pieces, c * pieces):
-                    tile = step // pieces
+                for step in tl.range(b * turns, c * turns):
+                    tile = step // turns
+                    pack = step % turns // pieces if SHARED else own_pack
                     if LISTED:
                         tile = tl.load(listed + tile)
                     head, lane, row, row_there = lanes_of(
                         tile, step % pieces, kv_head, pack, group, q_len, chosen, Q_BLOCK, ROWS, PACK
                     )
                     rows, given, log, moved = rows_and_gradients(
-                        query, grad, lse, shift, batch, head, row, row_there, q_heads, q_len, DIM, V_DIM, BLOCK_D, BLOCK_V
+                        query,
+                        grad,
+                        lse,
+                        shift,
+                        batch,
+                        kv_head * group,
+                        head,
+                        row,
+                        row_there,
+                        q_heads,
+                        q_len,
+                        DIM,
+                        V_DIM,
+                        BLOCK_D,
+                        BLOCK_V,
+                        WIDE,
                     )
                     product = tl.dot(keys, tl.trans(rows), input_precision="ieee")
                     pull = tl.dot(values, tl.trans(given), input_precision="ieee")
-                    weight, _, slope = slopes(product, log, moved, pull, scale, softcap, 1)
+                    weight, _slope, slope = slopes(product, log, moved, pull, scale, softcap, 1)
                     d_value = tl.dot(weight.to(given.dtype), given, d_value, input_precision="ieee")
                     d_key = tl.dot(slope.to(rows.dtype), rows, d_key, input_precision="ieee")
-            for step in tl.range(0, (b - a + d - c) * pieces):
-                number = step // pieces
+            for step in tl.range(0, (b - a + d - c) * turns, num_stages=None if EVERYWHERE else 1):
+                number = step // turns
+                pack = step % turns // pieces if SHARED else own_pack
                 number = tl.where(number < b - a, a + number, c + number - (b - a))
                 tile = number
                 if LISTED:
@@ -286,17 +301,34 @@ def key_kernel(
                     tile, step % pieces, kv_head, pack, group, q_len, chosen, Q_BLOCK, ROWS, PACK
                 )
                 rows, given, log, moved = rows_and_gradients(
-                    query, grad, lse, shift, batch, head, row, row_there, q_heads, q_len, DIM, V_DIM, BLOCK_D, BLOCK_V
+                    query,
+                    grad,
+                    lse,
+                    shift,
+                    batch,
+                    kv_head * group,
+                    head,
+                    row,
+                    row_there,
+                    q_heads,
+                    q_len,
+                    DIM,
+                    V_DIM,
+                    BLOCK_D,
+                    BLOCK_V,
+                    WIDE,
                 )
                 low, high = interval(row, q_len, kv_len, sight, chosen, CAUSAL, SECTION)
                 entry = found * 0 + number
                 if chosen.row_mask is not None:
                     entry = found * 0 + tl.load(turned.entry + start + number)
-                safe_head = tl.where(row_there, head, 0)
+                safe_head = tl.where(row_there, head, kv_head * group)
                 seen = visible(
                     batch, safe_head, row, lane, row_there, low, high, found, entry, there, chosen, mask, key_mask,
                     Q_BLOCK, 1, WIDE,
                 )  # fmt: skip
+                # a row that is no number shows in its lse; keys that it does not see must not meet it
+                rows = finite(rows)
                 product = tl.dot(keys, tl.trans(rows), input_precision="ieee")
                 pull = tl.dot(values, tl.trans(given), input_precision="ieee")
                 weight, slope, inner, seen = cut_slopes(
@@ -305,14 +337,12 @@ def key_kernel(
                 if key_sums is not None:
                     sums += tl.sum(slope, 1)
                 d_value = tl.dot(weight.to(given.dtype), given, d_value, input_precision="ieee")
-                d_key = tl.dot(inner.to(rows.dtype), finite(rows), d_key, input_precision="ieee")
+                d_key = tl.dot(inner.to(rows.dtype), rows, d_key, input_precision="ieee")
         if key_sums is not None:
-            tl.store(key_sums + (tl.cast(batch, tl.int64) * q_heads + kv_head * group + pack) * kv_len + found, sums, mask=there)
-    channel = tl.arange(0, BLOCK_D)
-    base = tl.cast(batch, tl.int64) * grad_key.batch + tl.cast(kv_head, tl.int64) * grad_key.head
-    place = grad_key.ptr + base + (tl.cast(found, tl.int64) * grad_key.row)[:, None] + channel[None, :] * grad_key.col
-    tl.store(place, (d_key * scale).to(grad_key.ptr.dtype.element_ty), mask=there[:, None] & (channel < DIM)[None, :])
-    channel = tl.arange(0, BLOCK_V)
-    base = tl.cast(batch, tl.int64) * grad_value.batch + tl.cast(kv_head, tl.int64) * grad_value.head
-    place = grad_value.ptr + base + (tl.cast(found, tl.int64) * grad_value.row)[:, None] + channel[None, :] * grad_value.col
-    tl.store(place, d_value.to(grad_value.ptr.dtype.element_ty), mask=there[:, None] & (channel < V_DIM)[None, :])
+            tl.store(
+                key_sums + (tl.cast(batch, tl.int64) * q_heads + kv_head * group + own_pack) * kv_len + found, sums, mask=there
+            )
+    base, offset = places(found, batch, kv_head, grad_key, None, 0, WIDE)
+    store_rows(d_key * scale, base, offset, there, grad_key.col, DIM, BLOCK_D)
+    base, offset = places(found, batch, kv_head, grad_value, None, 0, WIDE)
+    store_rows(d_value, base, offset, there, grad_value.col, V_DIM, BLOCK_V)

@@ -7,11 +7,16 @@ keys and write partial results, which :mod:`sieve_attn.attend.triton.decode` mer
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sieve_attn import triton as door
+from sieve_attn.attend.paged import Pages
+from sieve_attn.attend.triton.decode import shared_out
 from sieve_attn.attend.triton.launch import (
     Launch,
     grid_of,
@@ -26,6 +31,7 @@ from sieve_attn.attend.triton.launch import (
 from sieve_attn.attend.triton.tiles import (
     LN2,
     LOG2E,
+    View,
     biased,
     capped,
     cut_columns,
@@ -34,11 +40,13 @@ from sieve_attn.attend.triton.tiles import (
     keys_of,
     load_rows,
     places,
+    row_places,
     rows_of,
+    store_rows,
     visible,
     walk_of,
 )
-from sieve_attn.types import Call, Selection
+from sieve_attn.types import Call, Ranges, Selection
 
 
 @triton.jit
@@ -67,8 +75,8 @@ def restore(
         mine = tl.arange(0, BLOCK_N) == number
         key = tl.sum(tl.where(mine, found, 0), 0)
         here = tl.max((mine & there).to(tl.int32), 0) > 0
-        place = places(key, batch, kv_head, value, table, PAGE_SIZE, WIDE)
-        row = tl.load(place + channel * value.col, mask=(channel < V_DIM) & here, other=0.0).to(tl.float32)
+        base, offset = places(key, batch, kv_head, value, table, PAGE_SIZE, WIDE)
+        row = tl.load(base + offset + channel * value.col, mask=(channel < V_DIM) & here, other=0.0).to(tl.float32)
         strange = (row != row) | (tl.abs(row) == float("inf"))
         touched = tl.max((mine[None, :] & (logit != float("-inf"))).to(tl.int32), 1) > 0
         total += tl.where(touched[:, None] & strange[None, :], row[None, :], 0.0)
@@ -97,10 +105,10 @@ def attend_kernel(
     )
     if lengths is not None:
         kv_len = tl.load(lengths + batch).to(tl.int32)
-    channel = tl.arange(0, BLOCK_V)
-    safe_head = tl.where(row_there, head, 0)
-    at = tl.cast(batch, tl.int64) * query.batch + tl.cast(safe_head, tl.int64) * query.head + tl.cast(row, tl.int64) * query.row
-    rows = load_rows(query.ptr + at, row_there, query.col, DIM, BLOCK_D, True)
+    first_head = kv_head * (q_heads // kv_heads)
+    safe_head = tl.where(row_there, head, first_head)
+    row_base, row_offset = row_places(head, row, row_there, batch, first_head, query, WIDE)
+    rows = load_rows(row_base, row_offset, row_there, query.col, DIM, BLOCK_D, True)
     top = tl.full([ROWS * PACK], float("-inf"), tl.float32)
     mass = tl.zeros([ROWS * PACK], tl.float32)
     total = tl.zeros([ROWS * PACK, BLOCK_V], tl.float32)
@@ -116,29 +124,30 @@ def attend_kernel(
         whole = (c - b) * KV_BLOCK // BLOCK_N
         if not EVERYWHERE:
             for step in tl.range(whole * split // SPLITS, whole * (split + 1) // SPLITS):
-                found, _, _ = keys_of(b * KV_BLOCK + step * BLOCK_N, 0, index, BLOCK_N, KV_BLOCK, LISTED, True)
-                place = places(found, batch, kv_head, key, table, PAGE_SIZE, WIDE)
-                keys = load_rows(place, found, key.col, DIM, BLOCK_D, False)
+                found, _entry, _there = keys_of(b * KV_BLOCK + step * BLOCK_N, 0, index, BLOCK_N, KV_BLOCK, LISTED, True)
+                base, offset = places(found, batch, kv_head, key, table, PAGE_SIZE, WIDE)
+                keys = load_rows(base, offset, found, key.col, DIM, BLOCK_D, False)
                 product = tl.dot(rows, tl.trans(keys), input_precision="ieee")
-                place = places(found, batch, kv_head, value, table, PAGE_SIZE, WIDE)
-                values = load_rows(place, found, value.col, V_DIM, BLOCK_V, False)
+                base, offset = places(found, batch, kv_head, value, table, PAGE_SIZE, WIDE)
+                values = load_rows(base, offset, found, value.col, V_DIM, BLOCK_V, False)
                 if softcap is None:
                     total, top, mass = fold(total, top, mass, product, scale * LOG2E, values, False)
                 else:
                     total, top, mass = fold(total, top, mass, capped(product, scale, softcap), LOG2E, values, False)
         cut = cut_tiles(a, b, d, whole, BLOCK_N, KV_BLOCK)
-        for step in tl.range(cut * split // SPLITS, cut * (split + 1) // SPLITS):
+        # the few tiles at the border are not worth the registers of a pipeline
+        for step in tl.range(cut * split // SPLITS, cut * (split + 1) // SPLITS, num_stages=None if EVERYWHERE else 1):
             found, entry, there = cut_columns(step, a, b, d, whole, index, low_first, high_last, BLOCK_N, KV_BLOCK, LISTED)
-            place = places(found, batch, kv_head, key, table, PAGE_SIZE, WIDE)
-            keys = load_rows(place, there, key.col, DIM, BLOCK_D, True)
+            base, offset = places(found, batch, kv_head, key, table, PAGE_SIZE, WIDE)
+            keys = load_rows(base, offset, there, key.col, DIM, BLOCK_D, True)
             product = tl.dot(rows, tl.trans(keys), input_precision="ieee")
             seen = visible(
                 batch, safe_head, row, lane, row_there, low, high, found, start + entry, there, chosen, mask, key_mask,
                 Q_BLOCK, 0, WIDE,
             )  # fmt: skip
-            logit, _ = biased(capped(product, scale, softcap), seen, batch, safe_head, row, found, bias, 0, WIDE)
-            place = places(found, batch, kv_head, value, table, PAGE_SIZE, WIDE)
-            values = load_rows(place, there, value.col, V_DIM, BLOCK_V, True)
+            logit, _seen = biased(capped(product, scale, softcap), seen, batch, safe_head, row, found, bias, 0, WIDE)
+            base, offset = places(found, batch, kv_head, value, table, PAGE_SIZE, WIDE)
+            values = load_rows(base, offset, there, value.col, V_DIM, BLOCK_V, True)
             # 0 * NaN is NaN: what a row does not see must not reach it, what it does see must
             clean = finite(values)
             total, top, mass = fold(total, top, mass, logit, 1.0, clean, True)
@@ -162,15 +171,13 @@ def attend_kernel(
         # a list that cannot be walked shows in every row that it was for
         weight = tl.where(sound, weight, float("nan"))
         log = tl.where(sound, log, float("nan"))
-    part = tl.cast(split * batch_size + batch, tl.int64)
-    at = (part * q_heads + safe_head) * q_len + row
-    tl.store(lse + at, log, mask=row_there)
-    at = part * out.batch + tl.cast(safe_head, tl.int64) * out.head + tl.cast(row, tl.int64) * out.row
-    place = out.ptr + at[:, None] + channel[None, :] * out.col
-    tl.store(place, weight.to(out.ptr.dtype.element_ty), mask=row_there[:, None] & (channel < V_DIM)[None, :])
+    part = split * batch_size + batch
+    tl.store(lse + (tl.cast(part, tl.int64) * q_heads + safe_head) * q_len + row, log, mask=row_there)
+    row_base, row_offset = row_places(head, row, row_there, part, first_head, out, WIDE)
+    store_rows(weight, row_base, row_offset, row_there, out.col, V_DIM, BLOCK_V)
 
 
-def tiling(dtype: torch.dtype, width: int, rows: int, gathered: bool) -> tuple[int, int, int]:
+def tiling(dtype: torch.dtype, width: int, rows: int, capability: tuple[int, int]) -> tuple[int, int, int]:
     """``(columns, warps, stages)`` for tiles of ``rows`` rows, ``width`` the larger padded head dim.
 
     A table and no search: the first call compiles one kernel. Shared memory holds the rows and ``stages`` tiles of keys and
@@ -178,36 +185,41 @@ def tiling(dtype: torch.dtype, width: int, rows: int, gathered: bool) -> tuple[i
     """
     if dtype == torch.float32:
         # full fp32 products run on the ordinary cores: small tiles, all in registers
-        columns, warps, stages = (32, 4, 2) if width <= 64 else (16, 4, 2) if width <= 128 else (16, 8, 1)
-    elif rows <= 32:
-        columns, warps, stages = (128, 4, 3) if width <= 64 else (64, 4, 3) if width <= 128 else (32, 4, 3)
-    else:
-        # pointers to single rows of gathered keys take registers too
-        wide = width <= 64 and rows >= 128 and not gathered
-        columns, warps, stages = (128 if wide else 64, 4, 3) if width <= 128 else (32, 4, 2)
-        warps = 8 if rows >= 128 else 4
-    return columns, warps, stages
+        return (32, 4, 2) if width <= 64 else (16, 4, 2) if width <= 128 else (16, 8, 1)
+    if width > 128:
+        return (32, 4 if rows <= 32 else 8, 2)
+    if rows <= 32:
+        return (128, 4, 3) if width <= 64 else (64, 4, 3)
+    if capability < (9, 0):
+        # products take both sides from registers
+        return (32 if width <= 64 else 16, 8, 2)
+    if capability >= (10, 0) and width > 64:
+        return (32, 8 if rows >= 128 else 4, 2)
+    return (64, 8, 3) if rows >= 128 else (64 if width <= 64 else 32, 4, 3)
 
 
-def most_rows(dtype: torch.dtype, width: int) -> int:
+def most_rows(dtype: torch.dtype, width: int, capability: tuple[int, int]) -> int:
     """How many rows a program may hold: their output lies in registers."""
     if dtype == torch.float32:
         return 64 if width <= 64 else 32 if width <= 128 else 16
-    return 128 if width <= 128 else 64
+    return 128 if width <= 128 and capability >= (9, 0) else 64
 
 
-def launch_forward(call: Call, selection: Selection, out: Tensor, lse: Tensor, splits: int = 1) -> Launch:
-    """The launch that writes ``out`` and ``lse``; with splits these have ``splits * batch`` sequences of parts."""
+def launch_forward(
+    call: Call, selection: Selection, out: Tensor, lse: Tensor, capability: tuple[int, int] | None = None
+) -> Launch:
+    """The launch that writes ``out`` and ``lse``, for the device of the call or for a card of another ``capability``."""
+    capability = capability or door.capability(call.query)
     batch, q_heads, q_len, dim = call.query.shape
     kv_heads, v_dim = call.key.shape[1], call.value.shape[3]
     block_d, block_v = power_of_two(dim, 16), power_of_two(v_dim, 16)
     width, group = max(block_d, block_v), q_heads // kv_heads
-    most = most_rows(call.query.dtype, width)
+    most = most_rows(call.query.dtype, width, capability)
     part = selection.blocks
     q_block = min(power_of_two(q_len), most) if part is None else part.q_block
-    shared = part is None or part.heads != q_heads
+    shared = part is None or part.heads != q_heads or group == 1
     rows, pack = packing(q_block, group, shared, most)
-    columns, warps, stages = tiling(call.query.dtype, width, rows * pack, part is not None and part.kv_block < 128)
+    columns, warps, stages = tiling(call.query.dtype, width, rows * pack, capability)
     grid = grid_of(selection, q_block, columns)
     mask, bias = over_pairs(call.mask, call), over_pairs(call.bias, call)
     pieces, packs = -(-grid.q_block // rows), kv_heads * -(-group // pack)
@@ -218,15 +230,49 @@ def launch_forward(call: Call, selection: Selection, out: Tensor, lse: Tensor, s
         "q_heads": q_heads, "kv_heads": kv_heads, "chosen_heads": grid.heads, "q_len": q_len, "kv_len": call.kv_len,
         "tiles": grid.tiles, "pieces": pieces, "packs": packs, "DIM": dim, "V_DIM": v_dim, "BLOCK_D": block_d,
         "BLOCK_V": block_v, "ROWS": rows, "PACK": pack, "BLOCK_N": columns, "Q_BLOCK": grid.q_block, "KV_BLOCK": grid.kv_block,
-        "CAUSAL": bool(call.causal), "RANGES": grid.ranges, "PAGE_SIZE": 0, "SPLITS": splits, "WIDE": wide(call, mask, bias),
+        "CAUSAL": bool(call.causal), "RANGES": grid.ranges, "PAGE_SIZE": 0, "SPLITS": 1,
+        "WIDE": wide(call, view(call.query), view(out), mask, bias),
     }  # fmt: skip
-    return Launch(attend_kernel, grid.tiles * pieces * packs * batch * splits, arguments, warps, stages)
+    return Launch(attend_kernel, grid.tiles * pieces * packs * batch, arguments, warps, stages)
 
 
-def attend(call: Call, selection: Selection) -> tuple[Tensor, Tensor]:
-    """``(output, lse)``; see :func:`sieve_attn.attend.triton.attend`."""
-    batch, heads, q_len, _ = call.query.shape
-    out = torch.empty((batch, heads, q_len, call.value.shape[3]), dtype=call.query.dtype, device=call.query.device)
-    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=call.query.device)
-    launch_forward(call, selection, out, lse).run(call.query)
+def attend(call: Call, selection: Selection, splits: int | None = None) -> tuple[Tensor, Tensor]:
+    """``(output, lse)``; see :func:`sieve_attn.attend.triton.attend`. ``splits``: programs that share a tile's keys."""
+    out, lse = results(call.query, call.value)
+    for launch in shared_out(launch_forward(call, selection, out, lse), selection, call.query, splits):
+        launch.run(call.query)
     return out, lse
+
+
+def attend_paged(pages: Pages, splits: int | None = None) -> tuple[Tensor, Tensor]:
+    """``(output, lse)`` of a few queries a sequence over a cache in pages; see :mod:`sieve_attn.attend.paged`."""
+    out, lse = results(pages.query, pages.value)
+    table, q_len, page_size = pages.block_table.contiguous(), pages.query.shape[2], pages.key.shape[2]
+    longest = table.shape[1] * page_size
+    selection = pages.selection
+    if selection is None:
+        selection = Selection((Ranges(q_len, longest, prefix=longest),))
+    call = Call(
+        pages.query, pages.key, pages.value, causal=True, scale=pages.scale, softcap=pages.softcap, window=pages.window,
+        sink=pages.sink,
+    )  # fmt: skip
+    launch = from_pages(launch_forward(call, selection, out, lse), table, pages.lengths, page_size)
+    for part in shared_out(launch, selection, pages.query, splits):
+        part.run(pages.query)
+    return out, lse
+
+
+def from_pages(launch: Launch, table: Tensor, lengths: Tensor, page_size: int) -> Launch:
+    """The same over a cache in pages: key ``j`` of sequence ``b`` lies in page ``table[b, j // page_size]``."""
+    paged = {
+        "table": View(table, table.stride(0), 0, 0, 1), "lengths": lengths, "kv_len": table.shape[1] * page_size,
+        "PAGE_SIZE": page_size,
+    }  # fmt: skip
+    return replace(launch, arguments=launch.arguments | paged)
+
+
+def results(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for an output and its lse."""
+    batch, heads, q_len, _ = query.shape
+    out = torch.empty((batch, heads, q_len, value.shape[3]), dtype=query.dtype, device=query.device)
+    return out, torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)

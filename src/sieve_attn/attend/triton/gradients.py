@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sieve_attn import triton as door
 from sieve_attn.attend.triton.backward_kernels import key_kernel, query_kernel, shift_kernel
 from sieve_attn.attend.triton.launch import (
     Launch,
@@ -52,22 +53,26 @@ def turned(part: Blocks) -> Turned:
     )  # fmt: skip
 
 
-def tiling(dtype: torch.dtype, width: int, kernel: str, rows: int) -> tuple[int, int, int]:
-    """``(columns, warps, stages)`` of a kernel; see :func:`sieve_attn.attend.triton.forward.tiling`."""
-    if dtype == torch.float32:
-        return (32, 4, 1) if width <= 64 else (16, 4, 1) if width <= 128 else (16, 8, 1)
-    if kernel == "query":
-        return (64, 8, 2) if rows >= 128 else (32, 4, 2) if width <= 128 else (32, 8, 1)
-    return (64, 8, 2) if width <= 128 else (32, 8, 1)
+def tiling(
+    dtype: torch.dtype, width: int, kernel: str, kv_block: int | None, capability: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """``(most rows, columns, warps, stages)`` of a kernel; see :func:`sieve_attn.attend.triton.forward.tiling`.
 
-
-def most_rows(dtype: torch.dtype, width: int, kernel: str) -> int:
-    """How many rows a program may hold at a time: dQ holds its output in registers, dK and dV only look at them."""
+    dQ holds its rows' gradients in registers and looks at keys; dK and dV hold those of their keys and look at rows.
+    """
+    old = capability < (9, 0)
     if dtype == torch.float32:
-        return 32 if width <= 64 else 16
+        return (32, 32, 4, 1) if width <= 64 else (16, 16, 4, 1) if width <= 128 else (16, 16, 8, 1)
     if kernel == "query":
-        return 128 if width <= 128 else 64
-    return 64 if width <= 64 else 32
+        if width > 128:
+            return 64, 32, 8, 1
+        return (128, 64, 8, 2) if not old else (64, 32, 8, 2) if width > 64 else (32, 32, 4, 2)
+    limit = 32 if width > 128 or (old and width <= 64) else 64 if old else 128
+    columns = min(limit, power_of_two(kv_block or 128, 16))
+    if width <= 64 and not old:
+        return 64, columns, 8 if columns == 128 else 4, 2
+    rows = 32 if width > 128 or columns >= 64 else 64 if columns == 32 or old else 128
+    return rows, columns, 8, 2 if width <= 128 else 1
 
 
 def launch_shift(out: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor, shift: Tensor) -> Launch:
@@ -84,31 +89,32 @@ def launch_shift(out: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor
 
 
 def launch_backward(
-    call: Call, selection: Selection, grad_output: Tensor, lse: Tensor, shift: Tensor, made: dict[str, Tensor]
-) -> Iterator[Launch]:
+    call: Call, selection: Selection, grad_output: Tensor, lse: Tensor, shift: Tensor, made: dict[str, Tensor],
+    capability: tuple[int, int] | None = None,
+) -> Iterator[Launch]:  # fmt: skip
     """Launches that fill ``made``: query, key, value, and one of pair_bias, row_sums and key_sums where there is a bias."""
+    capability = capability or door.capability(call.query)
     batch, q_heads, q_len, dim = call.query.shape
     kv_heads, v_dim = call.key.shape[1], call.value.shape[3]
     block_d, block_v = power_of_two(dim, 16), power_of_two(v_dim, 16)
     width, group = max(block_d, block_v), q_heads // kv_heads
     mask, bias, part = over_pairs(call.mask, call), over_pairs(call.bias, call), selection.blocks
-    shared = part is None or part.heads != q_heads
+    shared = part is None or part.heads != q_heads or group == 1
     pair_bias = made.get("pair_bias")
     common = {
         "query": view(call.query), "key": view(call.key), "value": view(call.value), "grad": view(grad_output), "lse": lse,
         "shift": shift, "mask": mask, "bias": bias, "key_mask": key_mask_view(call), "sight": sight_of(call),
         "scale": float(call.scale), "softcap": call.softcap, "q_heads": q_heads, "kv_heads": kv_heads, "q_len": q_len,
         "kv_len": call.kv_len, "DIM": dim, "V_DIM": v_dim, "BLOCK_D": block_d, "BLOCK_V": block_v, "CAUSAL": bool(call.causal),
-        "WIDE": wide(call, mask, bias),
+        "WIDE": wide(call, view(call.query), view(grad_output), mask, bias),
     }  # fmt: skip
 
     def plan(kernel: str, one_head: bool):
-        most = most_rows(call.query.dtype, width, kernel)
+        most, columns, warps, stages = tiling(call.query.dtype, width, kernel, part and part.kv_block, capability)
         q_block = min(power_of_two(q_len), most) if part is None else part.q_block
         rows, pack = packing(q_block, group, shared and not one_head, most)
-        columns, warps, stages = tiling(call.query.dtype, width, kernel, rows * pack)
-        if kernel == "key" and part is not None:
-            columns = min(columns, power_of_two(part.kv_block, 16))
+        if kernel == "query" and rows * pack < most and width <= 128:
+            columns, warps = (64 if capability >= (10, 0) and width > 64 else min(columns, 32)), 4
         grid = grid_of(selection, q_block, columns)
         sizes = {
             **common, "chosen": grid.chosen, "chosen_heads": grid.heads, "pieces": -(-grid.q_block // rows), "ROWS": rows,
@@ -135,7 +141,8 @@ def launch_backward(
     blocks = -(-call.kv_len // grid.kv_block)
     own = {
         **sizes, "grad_key": view(made["key"]), "grad_value": view(made["value"]), "key_sums": made.get("key_sums"),
-        "blocks": blocks, "turned": Turned(None, None, None, 0, 0) if part is None else turned(part),
+        "blocks": blocks, "SHARED": shared and "key_sums" not in made,
+        "turned": Turned(None, None, None, 0, 0) if part is None else turned(part),
     }  # fmt: skip
     parts = -(-grid.kv_block // sizes["BLOCK_N"])
     yield Launch(key_kernel, parts * blocks * kv_heads * batch, own, warps, stages)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sieve_attn import triton as door
 from sieve_attn.attend.triton.tiles import Chosen, Sight, View
+from sieve_attn.checks import error
 from sieve_attn.types import Blocks, Call, Ranges, Selection
 
 
@@ -89,6 +90,31 @@ class Grid:
     blocks: Blocks | None
 
 
+def check_blocks(part: Blocks) -> None:
+    """ValueError for a grid that is none, and for a malformed list where it can be read without waiting for a device."""
+    good = part.q_block > 0 and part.kv_block > 0 and 0 <= part.lead < part.q_block
+    if not good:
+        got = f"q_block {part.q_block}, kv_block {part.kv_block}, lead {part.lead}"
+        raise error("selection", "must have positive blocks and a lead below q_block", got, "build it with Blocks.from_tiles")
+    sizes = part.row_ptr.shape[0], None if part.row_mask is None else tuple(part.row_mask.shape)
+    wanted = part.batch * part.heads * part.tiles + 1, (part.block_index.shape[0], part.q_block)
+    if sizes[0] != wanted[0] or sizes[1] not in (None, wanted[1]):
+        rule = f"must have {wanted[0]} row pointers and a row_mask of shape {wanted[1]} or none"
+        raise error("selection", rule, f"{sizes[0]} and {sizes[1]}", "build it with Blocks.from_tiles")
+    if part.row_ptr.is_cuda:
+        return
+    pointer, index = part.row_ptr.to(torch.int64), part.block_index.to(torch.int64)
+    rises = bool((pointer[1:] >= pointer[:-1]).all()) and int(pointer[0]) >= 0 and int(pointer[-1]) <= index.shape[0]
+    if rises:
+        used = index[int(pointer[0]) : int(pointer[-1])]
+        starts = torch.zeros(used.shape[0] + 1, dtype=torch.bool)
+        starts[pointer - pointer[0]] = True
+        rises = bool(((used >= 0) & (used < part.blocks)).all()) and bool(((used[1:] > used[:-1]) | starts[1:-1]).all())
+    if not rises:
+        rule = f"must list the blocks of every tile in increasing order, each below {part.blocks}, between rising row pointers"
+        raise error("selection", rule, "other lists", "build it with Blocks.from_tiles")
+
+
 def grid_of(selection: Selection, q_block: int, kv_block: int) -> Grid:
     """``q_block`` and ``kv_block`` cut ranges, which have no blocks of their own."""
     part = selection.parts[0]
@@ -96,20 +122,25 @@ def grid_of(selection: Selection, q_block: int, kv_block: int) -> Grid:
         kind = 3 if part.prefix and part.window else 2 if part.window else 1
         tiles = -(-part.q_len // q_block)
         ahead = part.window if part.two_sided else 1
-        chosen = Chosen(None, None, None, 0, 0, 0, tiles, 0, min(part.prefix, part.kv_len), part.window, ahead)
+        chosen = Chosen(None, None, None, 0, 0, 0, 0, tiles, 0, min(part.prefix, part.kv_len), part.window, ahead)
         return Grid(chosen, 1, q_block, kv_block, tiles, kind, None)
     chosen = Chosen(
         part.row_ptr.to(torch.int64).contiguous(), part.block_index.to(torch.int32).contiguous(),
-        None if part.row_mask is None else part.row_mask.contiguous(), part.block_index.shape[0],
+        None if part.row_mask is None else part.row_mask.contiguous(), part.block_index.shape[0], part.blocks,
         0 if part.batch == 1 else part.heads * part.tiles, 0 if part.heads == 1 else part.tiles, part.tiles, part.lead, 0, 0, 0,
     )  # fmt: skip
     return Grid(chosen, part.heads, part.q_block, part.kv_block, part.tiles, 0, part)
 
 
-def wide(call: Call, *pairs: View | None) -> bool:
-    """Whether an offset inside of one head of some array needs more than 32 bits."""
-    reach = [x.shape[2] * x.stride(2) + x.shape[3] * x.stride(3) for x in (call.key, call.value)]
-    reach += [call.q_len * x.row + call.kv_len * x.col for x in pairs if x is not None]
+def wide(call: Call, *views: View | None) -> bool:
+    """Whether an offset inside of one group of heads of some array needs more than 32 bits.
+
+    ``views``: arrays of query rows, and masks or biases over pairs, which may reach over keys where others have channels.
+    """
+    group = call.query.shape[1] // call.key.shape[1]
+    last = max(call.kv_len, call.query.shape[3], call.value.shape[3])
+    reach = [call.kv_len * x.stride(2) + last * x.stride(3) for x in (call.key, call.value)]
+    reach += [group * v.head + call.q_len * v.row + last * v.col for v in views if v is not None]
     return max(reach) >= 2**31
 
 

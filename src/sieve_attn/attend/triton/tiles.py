@@ -34,6 +34,7 @@ class Chosen(NamedTuple):
     block_index: Any
     row_mask: Any  # [entries, q_block] bool or None
     entries: Any  # how many block_index holds at most
+    blocks: Any  # how many blocks there are to name
     batch: Any  # what one sequence or head moves the row by, 0 where they share
     head: Any
     tiles: Any
@@ -141,26 +142,52 @@ def keys_of(begin, stop, index, BLOCK_N: tl.constexpr, KV_BLOCK: tl.constexpr, L
 
 @triton.jit
 def places(key, batch, head, cache, table, PAGE_SIZE: tl.constexpr, WIDE: tl.constexpr):
-    """Where the keys begin in ``cache``; with a block table, its pages come one after another."""
+    """``(base, offsets)``: where the keys lie in ``cache``; with a block table, its pages come one after another."""
     if PAGE_SIZE:
         page = tl.load(table.ptr + batch * table.batch + key // PAGE_SIZE).to(tl.int64)
-        return cache.ptr + (page * cache.batch + head * cache.head + (key % PAGE_SIZE) * cache.row)
-    base = cache.ptr + (tl.cast(batch, tl.int64) * cache.batch + tl.cast(head, tl.int64) * cache.head)
-    return base + (tl.cast(key, tl.int64) if WIDE else key) * cache.row
+        return cache.ptr + tl.cast(head, tl.int64) * cache.head, page * cache.batch + (key % PAGE_SIZE) * cache.row
+    else:
+        base = cache.ptr + (tl.cast(batch, tl.int64) * cache.batch + tl.cast(head, tl.int64) * cache.head)
+        return base, (tl.cast(key, tl.int64) if WIDE else key) * cache.row
 
 
 @triton.jit
-def load_rows(place, there, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """[rows, BLOCK_D] from where rows begin; zeros for rows that are not there and for channels beyond ``DIM``."""
-    channel = tl.arange(0, BLOCK_D)
-    pointer = place[:, None] + channel[None, :] * stride
-    if MASKED:
-        if DIM == BLOCK_D:
-            return tl.load(pointer, mask=there[:, None], other=0.0)
-        return tl.load(pointer, mask=there[:, None] & (channel < DIM)[None, :], other=0.0)
-    if DIM == BLOCK_D:
-        return tl.load(pointer)
-    return tl.load(pointer, mask=(channel < DIM)[None, :], other=0.0)
+def row_places(head, row, there, batch, first_head, array, WIDE: tl.constexpr):
+    """``(base, offsets)`` of the rows of a tile, each of its own head; offsets stay in 32 bits where they can."""
+    base = array.ptr + (tl.cast(batch, tl.int64) * array.batch + tl.cast(first_head, tl.int64) * array.head)
+    member, number = tl.where(there, head - first_head, 0), tl.where(there, row, 0)
+    if WIDE:
+        return base, tl.cast(member, tl.int64) * array.head + tl.cast(number, tl.int64) * array.row
+    else:
+        return base, member * array.head + number * array.row
+
+
+@triton.jit
+def cells_of(base, offset, stride, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] pointers; one base and narrow offsets keep addresses out of the registers."""
+    return base + (offset[:, None] + (tl.arange(0, BLOCK_D) * stride)[None, :])
+
+
+@triton.jit
+def load_rows(base, offset, there, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """[rows, BLOCK_D]; zeros for rows that are not there and for channels beyond ``DIM``."""
+    pointer = cells_of(base, offset, stride, BLOCK_D)
+    inside = tl.arange(0, BLOCK_D) < DIM
+    if MASKED and DIM != BLOCK_D:
+        x = tl.load(pointer, mask=there[:, None] & inside[None, :], other=0.0)
+    elif MASKED:
+        x = tl.load(pointer, mask=there[:, None], other=0.0)
+    elif DIM != BLOCK_D:
+        x = tl.load(pointer, mask=inside[None, :], other=0.0)
+    else:
+        x = tl.load(pointer)
+    return x
+
+
+@triton.jit
+def store_rows(x, base, offset, there, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    inside = there[:, None] & (tl.arange(0, BLOCK_D) < DIM)[None, :]
+    tl.store(cells_of(base, offset, stride, BLOCK_D), x.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -293,9 +320,8 @@ def walk_of(
         chosen_head = tl.where(chosen_heads == q_heads, tl.min(tl.where(row_there, head, q_heads), 0), kv_head)
         chosen_head = tl.where((chosen_heads == 1) | (first_row > last_row), 0, chosen_head)
         start, count = entries_of(chosen, batch, chosen_head, tile)
-        blocks = (kv_len + KV_BLOCK - 1) // KV_BLOCK
         index = chosen.block_index + start
-        a, b, c, d, sound = count_blocks(index, count, low_first, low_last, high_first, high_last, blocks, KV_BLOCK, 128)
+        a, b, c, d, sound = count_blocks(index, count, low_first, low_last, high_first, high_last, chosen.blocks, KV_BLOCK, 128)
         walks &= sound
     else:
         a = low_first // KV_BLOCK

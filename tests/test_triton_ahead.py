@@ -1,0 +1,87 @@
+"""Every kernel compiled for cards that are not here, held to a budget: nothing spilled up to head_dim 128, memory that fits.
+
+A process without Triton's interpreter, so these tests lie outside of `tests/triton`.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from sieve_attn.attend.triton import decode, forward, gradients
+from sieve_attn.testing.ahead import compile_ahead
+from sieve_attn.testing.strategies import Shape, gaussian, random_blocks
+from sieve_attn.types import Call, Ranges, Selection
+
+CARDS = (80, 90, 100)
+
+
+def a_call(dtype, dim, group, kv_block, q_len=256, **options):
+    """A call over blocks of ``kv_block`` keys, or dense where that is 0; 256 keys stand for any number."""
+    shape = Shape(1, 2 * group, 2, q_len, 256, dim, dim)
+    blocks = Selection((Ranges(q_len, 256, prefix=256),))
+    if kv_block:
+        blocks = random_blocks(1, shape, q_block=max(64, kv_block), kv_block=kv_block)
+    return Call(*gaussian(1, shape, dtype), scale=dim**-0.5, causal=True, **options), blocks
+
+
+def launches(card, dtype, dim, group, kv_block, **options):
+    """``(name, launch)`` of a forward and backward pass."""
+    call, selection = a_call(dtype, dim, group, kv_block, **options)
+    out, lse = forward.results(call.query, call.value)
+    yield "forward", forward.launch_forward(call, selection, out, lse, (card // 10, 0))
+    made = {n: torch.empty_like(getattr(call, n)) for n in ("query", "key", "value")}
+    yield "shift", gradients.launch_shift(out, lse, out, lse, lse)
+    yield from zip(
+        ("dQ", "dK and dV"), gradients.launch_backward(call, selection, out, lse, lse, made, (card // 10, 0)), strict=True
+    )
+
+
+def decoding(card, dtype, dim, group, kv_block, splits=8):
+    call, selection = a_call(dtype, dim, group, kv_block, q_len=1)
+    launch = forward.launch_forward(call, selection, *forward.results(call.query, call.value), (card // 10, 0))
+    yield from zip(("decode", "merge"), decode.split(launch, splits, call.query), strict=True)
+
+
+def paged(card, dtype, dim, group):
+    call, selection = a_call(dtype, dim, group, 16, q_len=1)
+    launch = forward.launch_forward(call, selection, *forward.results(call.query, call.value), (card // 10, 0))
+    table = torch.zeros(1, 16, dtype=torch.int32)
+    yield "paged decode", forward.from_pages(launch, table, torch.tensor([256]), 16)
+
+
+def check(name, launch, card, dim):
+    built = compile_ahead(launch.kernel, launch.arguments, launch.warps, launch.stages, card)
+    assert built.fits(card), f"{name}: {built}"
+    assert dim > 128 or built.spilled == 0, f"{name}: {built}"
+    if name not in ("shift", "merge") and launch.arguments["query"].ptr.dtype != torch.float32:
+        assert built.tensor_cores, f"{name} makes no use of tensor cores"
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_attending_keeps_its_budget(card):
+    every = dict(launches(card, torch.bfloat16, 128, 4, 64))
+    for name in ("forward", "dQ", "dK and dV") if card == 90 else ("forward",):
+        check(name, every[name], card, 128)
+
+
+def test_decoding_keeps_its_budget():
+    for name, launch in (*decoding(90, torch.bfloat16, 128, 4, 16), *paged(90, torch.bfloat16, 128, 4)):
+        check(name, launch, 90, 128)
+
+
+def test_a_budget_can_be_broken():
+    """Tiles for another card are seen not to fit: otherwise the others would prove nothing."""
+    with pytest.raises(AssertionError, match="forward"):
+        check("forward", dict(launches(90, torch.bfloat16, 128, 4, 16))["forward"], 80, 128)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_kernel_keeps_its_budget(card, dim, dtype):
+    for group, kv_block in ((4, 16), (1, 64), (4, 128), (4, 0)):
+        for name, launch in (*launches(card, dtype, dim, group, kv_block), *decoding(card, dtype, dim, group, kv_block)):
+            check(f"{name}, group {group}, blocks of {kv_block}", launch, card, dim)
+    for name, launch in paged(card, dtype, dim, 4):
+        check(name, launch, card, dim)
