@@ -42,7 +42,7 @@ def sieve(*arguments):
 @pytest.fixture(autouse=True)
 def fast_clock(monkeypatch):
     """No gigabyte is read for the bandwidth, and short calls are not repeated."""
-    monkeypatch.setattr(gating, "bandwidth", lambda threads: (10.0, "not measured in tests"))
+    monkeypatch.setattr(gating, "bandwidth", lambda *where: (10.0, "not measured in tests"))
     monkeypatch.setattr(timing.interleave, "__defaults__", (timing.interleave.__defaults__[0], 0.0))
 
 
@@ -51,7 +51,7 @@ def document(tmp_path_factory):
     """One small run of every group, as JSON."""
     path = tmp_path_factory.mktemp("bench") / "bench.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gating, "bandwidth", lambda threads: (10.0, "not measured in tests"))
+        patch.setattr(gating, "bandwidth", lambda *where: (10.0, "not measured in tests"))
         patch.setattr(timing.interleave, "__defaults__", (timing.interleave.__defaults__[0], 0.0))
         told = sieve("bench", *TINY, "--json", path)
     assert told.exit_code == 0, told.output
@@ -157,7 +157,7 @@ def test_a_peer_that_is_wrong_or_cannot_run_is_left_out_and_says_why(monkeypatch
 
 
 def test_the_ratio_is_over_the_fastest_peer(monkeypatch):
-    monkeypatch.setattr(timing, "interleave", lambda *a: {"ours": [1.0], "sdpa": [3.0], "flex": [2.0]})
+    monkeypatch.setattr(timing, "interleave", lambda *a, **o: {"ours": [1.0], "sdpa": [3.0], "flex": [2.0]})
     monkeypatch.setattr(peers, "flex", lambda *a: peers.Peer(lambda: None))
     row = driver.measure(case(), replace(SMALL, peers=("sdpa", "flex")))
     assert (row.ratio, row.ratio_sdpa, row.ratio_flex, row.dense_ms, row.sparse_ms) == (2.0, 3.0, 2.0, 3e3, 1e3)

@@ -57,6 +57,8 @@ MAY_IMPORT = (
     "triton.py",
     "attend/triton",
     "jax",
+    "geometry/triton",
+    "selection/triton",
     "attn_bias.py",
     "transformers",
     "layers",

@@ -14,9 +14,8 @@ from sieve_attn.policies import Adaptive, Aether, Policy, TopBlocks
 from sieve_attn.scores import Euclidean, KeySketch, Mean
 from sieve_attn.selection import Mass, RelativeThreshold, TargetSparsity, Threshold, TopK
 from sieve_attn.selection import native as gate
-from sieve_attn.selection.base import RankSelector
-from sieve_attn.selection.reference import Tiles, share_over_group
-from sieve_attn.testing import GENERATORS, Shape
+from sieve_attn.testing import GENERATORS, Shape, choices
+from sieve_attn.testing.choices import reference, tiles_of
 from sieve_attn.testing.contracts import coins
 from sieve_attn.testing.strategies import gaussian, generators, seeds
 from sieve_attn.types import Call
@@ -25,7 +24,6 @@ pytestmark = pytest.mark.skipif(bool(native.missing()), reason="pure-Python inst
 
 LAWS = settings(max_examples=60, deadline=None, derandomize=True)
 LEVELS = native.module().levels() if not native.missing() else []
-NEAR = 2e-3  # in logits: what may tie
 SCORERS = (
     KeySketch(4, query_bits=8), KeySketch(1, query_bits=8), KeySketch(7, query_bits=8), KeySketch(8, query_bits=8), KeySketch(2),
     KeySketch(8), Mean(), Euclidean(),
@@ -44,78 +42,10 @@ def level(request):
     native.module().force_level("")
 
 
-def reference(call, geometry, policy):
-    return pipeline.select(call, geometry, policy, backend="reference")
-
-
-def tiles_of(found):
-    return found[0].blocks.to_tiles()
-
-
 def assert_same_choice(call, policy, geometry=None):
     geometry = g.build(call.key, policy.block_size, policy.statistics, key_mask=call.key_mask) if geometry is None else geometry
     assert gate.why_not(call, geometry, policy, False) == ()
-    got, wanted = pipeline.select(call, geometry, policy), reference(call, geometry, policy)
-    mine, theirs = got[0].blocks, wanted[0].blocks
-    assert (mine.batch, mine.heads, mine.q_len, mine.kv_len, mine.q_block, mine.kv_block, mine.lead) == (
-        theirs.batch, theirs.heads, theirs.q_len, theirs.kv_len, theirs.q_block, theirs.kv_block, theirs.lead,
-    )  # fmt: skip
-    assert (mine.row_ptr.dtype, mine.block_index.dtype) == (theirs.row_ptr.dtype, theirs.block_index.dtype)
-    assert torch.equal(got[1][1], wanted[1][1])  # visible keys
-    assert got[1][0].shape == wanted[1][0].shape
-    a, b = tiles_of(got), tiles_of(wanted)
-    if torch.equal(a, b):
-        assert torch.equal(got[1][0], wanted[1][0])
-        assert got[2] == wanted[2]
-        return
-    if isinstance(policy.selector, RankSelector):
-        _only_ties(call, geometry, policy, a, b)
-    else:
-        _between(call, geometry, policy, a)
-
-
-def _only_ties(call, geometry, policy, a, b):
-    """Where tiles differ, their blocks tie with the last one kept (or stand in for a query that thereby lost everything)."""
-    heads = a.shape[1]
-    rows, tiles = call.rows(0, call.q_len), Tiles(call.q_len, call.lead(policy.query_tile), policy.query_tile)
-    estimate = policy.scorer.score(rows, geometry).estimate
-    looked = torch.zeros(call.q_len, dtype=torch.bool)
-    looked[tiles.looked_at(policy.query_stride, call.query)] = True
-    lse = torch.logsumexp(estimate, -1, keepdim=True)
-    shares = torch.where(looked[:, None], estimate - torch.where(lse.isfinite(), lse, 0.0), -math.inf)
-    best = tiles.split(share_over_group(shares, heads, torch.amax), -math.inf).amax(3)
-    seen = share_over_group(estimate > -math.inf, heads, torch.any)
-    visible = tiles.split(seen, False).any(3)
-    top = (estimate >= estimate.amax(-1, keepdim=True) - NEAR) & (estimate > -math.inf)
-    top = tiles.split(share_over_group(top, heads, torch.any), False).any(3)  # what a query that lost everything gets
-    for at in ((a != b).any(-1)).nonzero().tolist():
-        at = tuple(at)
-        last = best[at].masked_fill(~visible[at], -math.inf).sort(descending=True).values
-        last = last[int(policy.selector.k(visible[at].sum())) - 1]
-        tied = (best[at] - last).abs() <= NEAR if last.isfinite() else best[at] == last
-        assert int(tied.sum()) > 1, at
-        assert (tied | top[at])[a[at] != b[at]].all(), at
-
-
-def _between(call, geometry, policy, a):
-    """The choice lies between those of a slightly stricter and a slightly laxer rule."""
-    selector = policy.selector
-    strict, lax = {
-        Threshold: lambda: (Threshold(selector.threshold + NEAR), Threshold(selector.threshold - NEAR)),
-        RelativeThreshold: lambda: (
-            RelativeThreshold(max(0.0, selector.margin - NEAR)),
-            RelativeThreshold(selector.margin + NEAR),
-        ),
-        Mass: lambda: (Mass(max(0.0, selector.mass - NEAR)), Mass(min(1.0, selector.mass + NEAR))),
-    }[type(selector)]()
-    fewer, more = (tiles_of(reference(call, geometry, Policy(**{**policy_fields(policy), "selector": s}))) for s in (strict, lax))
-    assert not (fewer & ~a).any()
-    assert not (a & ~more).any()
-
-
-def policy_fields(policy):
-    names = ("scorer", "selector", "keep", "block_size", "query_tile", "query_stride", "share_group", "dense_above")
-    return {name: getattr(policy, name) for name in names}
+    choices.assert_same_choice(pipeline.select(call, geometry, policy), call, geometry, policy)
 
 
 @st.composite

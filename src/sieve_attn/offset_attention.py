@@ -119,6 +119,8 @@ def _report(query: Tensor, key: Tensor, value: Tensor, pattern: patterns.Pattern
     q_len, kv_len = query.shape[2], key.shape[2]
     found = stage.reach(pattern, kv_len)
     pairs, density = found.pairs(q_len, kv_len), found.density(q_len, kv_len)
+    if stage.on_device(query, value):
+        return OffsetReport(repr(pattern), "triton", "diagonals", 0, 0, "diagonals", {}, pairs, density)
     if stage.why_not(query, value):
         return OffsetReport(repr(pattern), "reference", "reference", 0, 0, "reference", {}, pairs, density)
     ran, back = (offset_op.chosen(query, key, found, plan, gradient=gradient) for gradient in (False, True))

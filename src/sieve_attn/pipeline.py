@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -21,6 +22,7 @@ from sieve_attn.certify import certify
 from sieve_attn.policies import FAR_FIELD_BOUND, FAR_FIELD_STATISTICS, Policy
 from sieve_attn.selection import native as gate
 from sieve_attn.selection import native_scan
+from sieve_attn.selection import triton as device_gate
 from sieve_attn.selection.reference import Tiles, choose
 from sieve_attn.types import Blocks, Call, Certificate, Fallback, Geometry, Ranges, Report, Rows, Scores, Selection, Statistics
 
@@ -88,14 +90,15 @@ def attention(
         checks.selection_fits(selection, query, key)
     name, why = dispatch.choose(backend, _request(call, policy, selection))
     seconds, clock = {}, perf_counter()
-    fallbacks: tuple[Fallback, ...] = ()
+    fall_back = tuple
     geometry_from = "given" if geometry is not None else "keys"
     counts, selected_by = None, ""
     expands = policy.far_field and (selection is not None or call.kv_len >= policy.min_seq_length)
 
     if selection is None and call.kv_len < policy.min_seq_length:
         tiles = call.query.shape[0] * call.query.shape[1]
-        fallbacks = (Fallback(f"kv_len {call.kv_len} is below min_seq_length {policy.min_seq_length}", tiles),)
+        short = Fallback(f"kv_len {call.kv_len} is below min_seq_length {policy.min_seq_length}", tiles)
+        fall_back = partial(tuple, (short,))
         selection = _everything(call)
     elif selection is None and not policy.chooses_blocks:
         selection = _everything(call)
@@ -107,7 +110,9 @@ def attention(
         else:
             checks.geometry_fits(geometry, key, key_mask, policy.block_size, policy.statistics)
         seconds["geometry"], clock = perf_counter() - clock, perf_counter()
-        selection, counts, fallbacks = select(call, geometry, policy, per_query=per_query, backend=backend)
+        selection, counts, dense = _choose(call, geometry, policy, per_query, backend)
+        # how many there are is known on the device: it is asked when somebody reads it
+        fall_back = partial(_fallbacks, policy, *counts, dense)
         if return_report:
             selected_by = selection_backend(call, geometry, policy, per_query, backend)
         seconds["selection"], clock = perf_counter() - clock, perf_counter()
@@ -128,7 +133,7 @@ def attention(
         results.append(Report(
             policy=repr(policy), backend=name, why_backend=why, bound=repr(policy.certifier), kept=kept, visible=visible,
             requested_sparsity=None if policy.selector is None else policy.selector.requested_sparsity,
-            selected_by=selected_by, computed=call.shared.get(gate.COMPUTED), fallbacks=fallbacks, seconds=seconds,
+            selected_by=selected_by, computed=call.shared.get(gate.COMPUTED), fall_back=fall_back, seconds=seconds,
             geometry_from=geometry_from, selection=selection,
             certify=lambda: certificate(call, selection, policy, output, lse, geometry, field, name),
         ))  # fmt: skip
@@ -168,15 +173,19 @@ def attend(
 
 
 def selection_backend(call: Call, geometry: Geometry, policy: Policy, per_query: bool, backend: str) -> str:
-    """``native`` where kernels choose for this call, else ``reference``; the reference alone knows every policy."""
-    return "reference" if _kernels(call, geometry, policy, per_query, backend) is None else "native"
+    """``triton`` or ``native`` where kernels choose for this call, else ``reference``, which alone knows every policy."""
+    return _kernels(call, geometry, policy, per_query, backend)[0]
 
 
-def _kernels(call: Call, geometry: Geometry, policy: Policy, per_query: bool, backend: str) -> Any:
-    """The module whose kernels choose for this call: a few queries scan the sketch, more go tile by tile; None for neither."""
-    if backend == "reference":
-        return None
-    return next((kernels for kernels in (native_scan, gate) if not kernels.why_not(call, geometry, policy, per_query)), None)
+def _kernels(call: Call, geometry: Geometry, policy: Policy, per_query: bool, backend: str) -> tuple[str, Any]:
+    """``(name, module)`` of the kernels that choose for this call: on the device, or in C++ for a few queries or tile by tile."""
+    asked = (call, geometry, policy, per_query)
+    if backend in ("auto", "triton") and not device_gate.why_not(*asked, named=backend == "triton"):
+        return "triton", device_gate
+    for kernels in (native_scan, gate) if backend != "reference" else ():
+        if not kernels.why_not(*asked):
+            return "native", kernels
+    return "reference", None
 
 
 def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = False, backend: str = "auto"):
@@ -184,17 +193,21 @@ def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = 
 
     ``backend="reference"`` goes chunk by chunk through array operations; others take kernels where kernels know the policy.
     """
+    selection, counts, dense = _choose(call, geometry, policy, per_query, backend)
+    return selection, counts, _fallbacks(policy, *counts, dense)
+
+
+def _choose(call: Call, geometry: Geometry, policy: Policy, per_query: bool, backend: str):
+    """``(selection, (kept, visible), tiles that turned dense)``"""
     if policy.selector.needs_brackets:
         # a proof made of rounded products would be none
         from sieve_attn.certify.reference import require_full_precision
 
         require_full_precision(arrays.namespace(call.query), call.query)
-    kernels = _kernels(call, geometry, policy, per_query, backend)
+    kernels = _kernels(call, geometry, policy, per_query, backend)[1]
     if kernels is not None:
-        selection, counts, dense = kernels.select(call, geometry, policy)
-    else:
-        selection, counts, dense = _select(call, geometry, policy, per_query)
-    return selection, counts, _fallbacks(policy, *counts, dense)
+        return kernels.select(call, geometry, policy)
+    return _select(call, geometry, policy, per_query)
 
 
 def _fallbacks(policy: Policy, kept: Array, visible: Array, dense: Array) -> tuple[Fallback, ...]:

@@ -75,7 +75,7 @@ def attend_paged(pages: Pages) -> tuple[Array, Array]:
     )  # fmt: skip
     chosen = pages.selection
     if chosen is not None:
-        part = chosen.parts[0]
+        part = chosen.parts[0].listed
         arrays_of = [xp.contiguous(part.row_ptr), xp.contiguous(part.block_index)]
         prepared.choose_blocks(
             *(native.view(x) for x in arrays_of), None, heads=part.heads, batch=part.batch, q_block=part.q_block,
@@ -188,6 +188,7 @@ def _prepare(xp: Any, call: Call, selection: Selection) -> tuple[Any, list]:
     if isinstance(part, Ranges):
         prepared.choose_ranges(part.prefix, part.window, part.two_sided)
     else:
+        part = part.listed
         prepared.choose_blocks(
             held(xp.contiguous(xp.cast(part.row_ptr, xp.int64))), held(xp.contiguous(xp.cast(part.block_index, xp.int32))),
             None if part.row_mask is None else held(xp.contiguous(part.row_mask)),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sieve_attn import arrays, native
+from sieve_attn import triton as door
 from sieve_attn.attend import reference
 from sieve_attn.checks import error
 from sieve_attn.patterns import OffsetSet, Pattern, Sinks, Window
@@ -36,6 +37,7 @@ COSTS = {
 }
 # the EPYC's are measured, so are the diagonals of the Xeon; the others are scaled from the forward costs
 GRADIENT_COSTS = {"amx": {"": (9.4, 4.4)}, "avx512": {"": (9.2, 4.1)}, "avx2": {"": (14.0, 9.0)}, "portable": {"": (45.0, 32.0)}}
+LARGEST_DIM = 512  # of the device's kernels
 FEW = 2  # residues with fewer offsets never make tiles
 LEAST_ROWS = 1024  # `auto` does not permute fewer queries
 
@@ -117,6 +119,14 @@ def _pairs_of(offsets: np.ndarray, q_len: int, kv_len: int) -> np.ndarray:
     return np.maximum(kv_len - np.maximum(offsets, kv_len - min(q_len, kv_len)), 0)
 
 
+def on_device(query: Array, value: Array) -> bool:
+    """Whether Triton's kernels run the call; they go by diagonals, whatever the plan. Their interpreter never serves here."""
+    if max(query.shape[3], value.shape[3]) > LARGEST_DIM:
+        return False
+    device = str(getattr(query, "device", "cpu")).partition(":")[0]
+    return not door.unsuitable(arrays.namespace(query).name, device, str(query.dtype).rpartition(".")[2])
+
+
 def why_not(query: Array, value: Array) -> tuple[str, ...]:
     """Why the kernels cannot run a call; empty if they can."""
     reasons = list(native.missing())
@@ -131,6 +141,10 @@ def why_not(query: Array, value: Array) -> tuple[str, ...]:
 
 def forward(query: Array, key: Array, value: Array, offsets: Array, prefix: int, scale: float, plan: Plan) -> tuple[Array, Array]:
     """``(output in the query's dtype, lse)``; ``offsets`` int64 as :class:`Reach` has them. A plan with no kernels is ignored."""
+    if on_device(query, value):
+        from sieve_attn.attend.triton import diagonals
+
+        return diagonals.attend(query, key, value, offsets, prefix, scale)
     if why_not(query, value):
         return reference.attend(*_as_call(query, key, value, offsets, prefix, scale))
     xp = arrays.namespace(query)
@@ -154,6 +168,10 @@ def backward(
     grad_lse: Array, output: Array, lse: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gradients of query, key and value; the same to the bit on any number of threads."""
+    if on_device(query, value):
+        from sieve_attn.attend.triton import diagonals
+
+        return diagonals.backward(query, key, value, offsets, prefix, scale, grad_output, grad_lse, output, lse)
     if why_not(query, value):
         call, selection = _as_call(query, key, value, offsets, prefix, scale)
         made = reference.backward(call, selection, grad_output, grad_lse)

@@ -9,30 +9,29 @@ import torch
 from sieve_attn.bench import peers, truth
 from sieve_attn.bench.cases import Case
 from sieve_attn.bench.inputs import density_of, inputs, random_blocks
-from sieve_attn.bench.prepared import Prepared, which_backend
+from sieve_attn.bench.prepared import Prepared, moved, which_backend
 from sieve_attn.bench.settings import Settings
 from sieve_attn.pipeline import attend
 
 
 def prefill(case: Case, settings: Settings) -> Prepared:
     """Forward: output and lse against the truth, time against dense SDPA and FlexAttention on the same blocks."""
-    query, key, value = inputs(case, settings.seed)
-    selection, fields = _selection(case, settings)
+    host = inputs(case, settings.seed)
+    exact, fields = _selection(case, settings)
+    query, key, value = moved(host, settings.device)
+    selection = moved(exact, settings.device)
 
     def check(result: Any) -> tuple[str, dict[str, Any]]:
-        wrong, _ = truth.check_attention(*result, query, key, value, selection, causal=True)
+        wrong, _ = truth.check_attention(*moved(result, "cpu"), *host, exact, causal=True)
         return wrong, fields | {"backend": which_backend(query, key, value, settings.backend)}
 
     def check_flex(output: torch.Tensor) -> str:
-        return truth.check_attention(output, None, query, key, value, selection, causal=True)[0]
+        return truth.check_attention(moved(output, "cpu"), None, *host, exact, causal=True)[0]
 
     return Prepared(
         lambda: attend(query, key, value, selection, causal=True, backend=settings.backend),
         check,
-        {
-            "sdpa": lambda: peers.sdpa(query, key, value, True),
-            "flex": lambda: peers.flex(query, key, value, selection, True, check_flex),
-        },
+        {**peers.dense(query, key, value, True), "flex": lambda: peers.flex(query, key, value, selection, True, check_flex)},
     )
 
 
@@ -41,27 +40,40 @@ def backward(case: Case, settings: Settings) -> Prepared:
 
     They are checked with an upstream gradient that is zero but at sampled queries, which makes every entry checkable.
     """
-    query, key, value = (x.requires_grad_() for x in inputs(case, settings.seed))
-    selection, fields = _selection(case, settings)
+    host = inputs(case, settings.seed)
+    exact, fields = _selection(case, settings)
+    query, key, value = (moved(x, settings.device).detach().requires_grad_() for x in host)
+    selection = moved(exact, settings.device)
     output, _ = attend(query, key, value, selection, causal=True, backend=settings.backend)
-    dense = peers.sdpa(query, key, value, True).call()
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(settings.seed + 3)).to(output.dtype)
+    drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(settings.seed + 3)).to(output.dtype)
     rows = truth.sampled(case.q_len, case.kv_len)
-    sparse_upstream = torch.zeros_like(upstream).index_copy_(2, rows, upstream[:, :, rows])
+    sampled = torch.zeros_like(drawn).index_copy_(2, rows, drawn[:, :, rows])
+    upstream, sparse_upstream = moved((drawn, sampled), settings.device)
 
     def gradients(of: torch.Tensor, above: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(of, (query, key, value), above, retain_graph=True)
 
+    def differentiated(peer: peers.Peer) -> peers.Peer:
+        if peer.call is None:
+            return peer
+        dense = peer.call()
+        return peers.Peer(lambda: gradients(dense, upstream))
+
+    def flex() -> peers.Peer:
+        if settings.device == "cpu":
+            return peers.Peer(why="no backward on the CPU")
+        return differentiated(peers.flex(query, key, value, selection, True, lambda output: ""))
+
     def check(result: Any) -> tuple[str, dict[str, Any]]:
-        wrong = truth.check_gradients(result, sparse_upstream, query, key, value, selection, rows, causal=True)
+        wrong = truth.check_gradients(moved(result, "cpu"), sampled, *host, exact, rows, causal=True)
         return wrong, fields | {"backend": which_backend(query, key, value, settings.backend)}
 
     return Prepared(
         lambda: gradients(output, upstream),
         check,
         {
-            "sdpa": lambda: peers.Peer(lambda: gradients(dense, upstream)),
-            "flex": lambda: peers.Peer(why="no backward on the CPU"),
+            **{name: lambda make=make: differentiated(make()) for name, make in peers.dense(query, key, value, True).items()},
+            "flex": flex,
         },
         first=lambda: gradients(output, sparse_upstream),
     )

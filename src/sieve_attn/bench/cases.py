@@ -52,12 +52,14 @@ class Case:
 
 def cases(settings: Settings) -> list[Case]:
     """All cases of a run in the order in which they are measured, one thread count after the other."""
-    from sieve_attn.bench import index, jax, ternary
+    from sieve_attn.bench import cuda_cases, index, jax, ternary
 
     makers = {
         "prefill": _prefill, "backward": _backward, "decode": _decode, "gate": _gate, "topk": _top_k,
         "ternary": ternary.cases, "index": index.cases, "jax": jax.cases,
     }  # fmt: skip
+    if settings.device == "cuda":
+        makers = cuda_cases.makers()
     return [_with_threads(case, t) for group in settings.groups for case in makers[group](settings) for t in settings.threads]
 
 

@@ -30,7 +30,7 @@ def run(settings: Settings, tell: Callable[[str, float], None] = lambda stage, d
     wanted = cases(settings)
     for dtype, dim in {(case.dtype, case.dim): None for case in wanted}:
         # a backend that was named and cannot run says so before any work; and what is loaded once is no row's memory
-        one = torch.zeros(1, 1, 1, dim, dtype=getattr(torch, dtype))
+        one = torch.zeros(1, 1, 1, dim, dtype=getattr(torch, dtype), device=settings.device)
         which_backend(one, one, one, settings.backend)
     single: dict[tuple, Row] = {}
     for place, case in enumerate(wanted):
@@ -50,7 +50,7 @@ def measure(case: Case, settings: Settings) -> Row:
               targets=case.targets)  # fmt: skip
     try:
         prepared = BUILDERS[case.group](case, settings)
-        result, growth, resident = timing.peak_growth(prepared.first or prepared.call)
+        result, growth, resident = timing.peak_growth(prepared.first or prepared.call, settings.device)
         wrong, known = prepared.check(result)
         del result
         row = replace(row, peak_mb=growth, resident_mb=resident, **known)
@@ -65,7 +65,8 @@ def measure(case: Case, settings: Settings) -> Row:
 
 def clocked(row: Row, prepared: Prepared, settings: Settings) -> Row:
     """The row with its times and everything that follows from them."""
-    others, reasons = usable({n: make for n, make in prepared.peers.items() if n in settings.peers or n == "naive"})
+    asked = {n: make for n, make in prepared.peers.items() if n.partition(" ")[0] in settings.peers or n == "naive"}
+    others, reasons = usable(asked)
     if prepared.first is not None:
         prepared.call()
     for call in prepared.beside.values():
@@ -74,15 +75,22 @@ def clocked(row: Row, prepared: Prepared, settings: Settings) -> Row:
     def parts(name: str, result: Any) -> dict[str, float]:
         return prepared.parts(result) if name == "ours" else {}
 
-    times = timing.interleave({"ours": prepared.call, **others, **prepared.beside}, settings.repeats, parts)
+    calls = {"ours": prepared.call, **others, **prepared.beside}
+    times = timing.interleave(calls, settings.repeats, parts, clock=timing.CLOCKS[settings.device])
     ms = {name: timing.median_ms(samples) for name, samples in times.items()}
+    by_kernel = {name: ms[name] for name in others if name.startswith("sdpa ")}
+    if by_kernel:
+        # of the kernels that were named the fastest is the dense peer
+        ms["sdpa"] = min(by_kernel.values())
+        reasons.append("SDPA: " + ", ".join(f"{name.removeprefix('sdpa ')} {found:.3f} ms" for name, found in by_kernel.items()))
     dense, sparse, flex = ms.get("sdpa", ms.get("naive")), ms["ours"], ms.get("flex")
     over = {name: ms[name] / sparse for name in others}
     floor = row.floor_ms
     ideal = row.ideal if floor is None or dense is None else dense / floor
     return replace(
         row,
-        ratio=min(over.values(), default=None), ratio_sdpa=over.get("sdpa"), ratio_flex=over.get("flex"), ideal=ideal,
+        ratio=min(over.values(), default=None), ratio_sdpa=ms["sdpa"] / sparse if "sdpa" in ms else None,
+        ratio_flex=over.get("flex"), ideal=ideal,
         dense_ms=dense, sparse_ms=sparse, flex_ms=flex, gate_ms=ms.get("gate"), attend_ms=ms.get("attend"),
         gate_percent=100.0 * ms["gate"] / dense if dense and "gate" in ms else None,
         ratio_naive=over.get("naive"), ratio_front=ms["front"] / sparse if "front" in ms else None,

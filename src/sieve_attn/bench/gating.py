@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sieve_attn import geometry as stage_geometry
-from sieve_attn import policies
+from sieve_attn import pipeline, policies
 from sieve_attn.bench import peers, timing, truth
 from sieve_attn.bench.cases import Case
 from sieve_attn.bench.inputs import KEYS, density_of, inputs, random_blocks
-from sieve_attn.bench.prepared import Prepared, which_backend
+from sieve_attn.bench.prepared import Prepared, moved, which_backend
 from sieve_attn.bench.settings import Settings
 from sieve_attn.pipeline import attend, attention
-from sieve_attn.types import Geometry
+from sieve_attn.types import Call, Geometry
 
 DENSE_LIMIT = 1 << 18  # dense attention beyond takes a quarter of an hour a call
 CHECKED_LENGTH = 1 << 16  # the reference chooses for one tile that ends here
@@ -26,7 +26,8 @@ LEAST_OVERLAP = 0.9  # kernels may round queries and scores: blocks that nearly 
 
 def gate(case: Case, settings: Settings) -> Prepared:
     """One causal call; the report's own clock says what choosing (geometry, scores, selection) and attending took."""
-    query, key, value = inputs(case, settings.seed)
+    host = inputs(case, settings.seed)
+    query, key, value = moved(host, settings.device)
     policy = policies.parse(case.policy)
     notes = [case.policy, f"keys `{case.keys}`: {KEYS[case.keys].__doc__.partition(chr(10))[0]}"]
 
@@ -39,17 +40,27 @@ def gate(case: Case, settings: Settings) -> Prepared:
 
     def check(result: Any) -> tuple[str, dict[str, Any]]:
         output, lse, report = result
-        wrong, dropped = truth.check_attention(output, lse, query, key, value, report.selection, causal=True)
-        wrong = wrong or check_promise(policy, dropped) or check_choice(report, policy, query, key, value)
+        wrong, dropped = truth.check_attention(*moved((output, lse), "cpu"), *host, moved(report.selection, "cpu"), causal=True)
+        wrong = wrong or check_promise(policy, dropped) or check_choice(report, policy, *host)
         density = report.density
         return wrong, {"density": density, "ideal": 1.0 / density, "dropped_mass": dropped, "backend": report.backend}
 
-    def dense() -> peers.Peer:
-        if case.q_len >= DENSE_LIMIT:
-            return peers.Peer(why=f"not run at {case.q_len:,} tokens, a quarter of an hour a call")
-        return peers.sdpa(query, key, value, True)
+    def chosen() -> Any:
+        made = stage_geometry.build(key, policy.block_size, policy.statistics, backend=settings.backend)
+        whole = Call(query, key, value, causal=True, scale=case.dim**-0.5)
+        return pipeline._choose(whole, made, policy, False, settings.backend)
 
-    found = Prepared(call, check, {"sdpa": dense}, notes=tuple(notes))
+    others = peers.dense(query, key, value, True)
+    if case.q_len >= DENSE_LIMIT:
+        others = {
+            name: lambda: peers.Peer(why=f"not run at {case.q_len:,} tokens, a quarter of an hour a call") for name in others
+        }
+    found = Prepared(call, check, others, notes=tuple(notes))
+    if settings.device != "cpu":
+        # nothing waits for the device inside of a call, so that its own clock knows nothing: choosing is timed once more
+        return replace(
+            found, call=partial(call, False), first=partial(call, True), beside={} if turns_dense else {"gate": chosen}
+        )
     return replace(found, first=lambda: call(True)) if turns_dense else replace(found, parts=lambda result: split(result[2]))
 
 
@@ -96,7 +107,8 @@ def overlap(mine: set, theirs: set) -> str:
 
 def decode(case: Case, settings: Settings) -> Prepared:
     """One step against a cache. Its geometry exists before, as it streams along; scan, choice and attending are timed."""
-    query, key, value = inputs(case, settings.seed)
+    host = inputs(case, settings.seed)
+    query, key, value = moved(host, settings.device)
     policy = None if case.policy is None else policies.parse(case.policy)
     selection = geometry = None
     if policy is not None:
@@ -106,6 +118,7 @@ def decode(case: Case, settings: Settings) -> Prepared:
             settings.seed, case.density, heads=case.kv_heads, q_len=1, kv_len=case.kv_len, block=case.block, q_block=1,
             causal=False,
         )  # fmt: skip
+        exact, selection = selection, moved(selection, settings.device)
     options = {"backend": settings.backend}
 
     def call() -> Any:
@@ -115,12 +128,16 @@ def decode(case: Case, settings: Settings) -> Prepared:
             return *attention(query, key, value, return_lse=True, **options), None
         return attention(query, key, value, policy, geometry=geometry, return_lse=True, return_report=True, **options)
 
+    def unasked() -> Any:
+        # a report looks at what was chosen: on a GPU that is no part of a step
+        return call() if policy is None else attention(query, key, value, policy, geometry=geometry, **options)
+
     def check(result: Any) -> tuple[str, dict[str, Any]]:
         output, lse, report = result
-        chosen = selection if report is None else report.selection
+        chosen = (None if selection is None else exact) if report is None else moved(report.selection, "cpu")
         density = 1.0 if chosen is None else density_of(chosen, False) if report is None else report.density
         backend = which_backend(query, key, value, settings.backend) if report is None else report.backend
-        wrong, dropped = truth.check_attention(output, lse, query, key, value, chosen, causal=False)
+        wrong, dropped = truth.check_attention(*moved((output, lse), "cpu"), *host, chosen, causal=False)
         wrong = wrong or check_promise(policy, dropped)
         if not wrong and backend != "reference" and policy is not None and not policy.selector.needs_brackets:
             reference = attention(query, key, value, policy, geometry=geometry, backend="reference", return_report=True)[1]
@@ -131,17 +148,20 @@ def decode(case: Case, settings: Settings) -> Prepared:
 
     def flex() -> peers.Peer:
         whole = random_blocks(0, 1.0, heads=1, q_len=1, kv_len=case.kv_len, block=64, q_block=1, causal=False)
-        return peers.flex(query, key, value, selection or whole, False, check_flex)
+        return peers.flex(query, key, value, selection or moved(whole, settings.device), False, check_flex)
 
     def check_flex(output: Tensor) -> str:
-        return truth.check_attention(output, None, query, key, value, selection, causal=False)[0]
+        return truth.check_attention(moved(output, "cpu"), None, *host, None if selection is None else exact, causal=False)[0]
 
-    others = {"sdpa": lambda: peers.sdpa(query, key, value, False)} | ({} if policy is not None else {"flex": flex})
-    speed, how = bandwidth(case.threads)
-    notes = [f"read bandwidth, {case.threads} thread{'s' if case.threads > 1 else ''}: {speed:.1f} GB/s ({how})"]
+    others = peers.dense(query, key, value, False) | ({} if policy is not None else {"flex": flex})
+    speed, how = bandwidth(case.threads, settings.device)
+    reader = settings.device if settings.device != "cpu" else f"{case.threads} thread{'s' if case.threads > 1 else ''}"
+    notes = [f"read bandwidth, {reader}: {speed:.1f} GB/s ({how})"]
     notes += [] if policy is None else [case.policy]
     if policy is not None and case.name.startswith("certified"):
-        notes.append(f"the scan's bytes are those of one bit plane and the errors; {needed(query, key, 0.95)}")
+        notes.append(f"the scan's bytes are those of one bit plane and the errors; {needed(*host[:2], 0.95)}")
+    if settings.device != "cpu":
+        return Prepared(unasked, check, others, first=call, notes=tuple(notes))
     return Prepared(call, check, others, parts=lambda r: {} if r[2] is None else split(r[2]), notes=tuple(notes))
 
 
@@ -169,7 +189,7 @@ def needed(query: Tensor, key: Tensor, mass: float, block: int = 16) -> str:
 
 
 @lru_cache
-def bandwidth(threads: int) -> tuple[float, str]:
+def bandwidth(threads: int, device: str = "cpu") -> tuple[float, str]:
     """``(GB/s, how)`` of plain reads with so many threads, measured once a run."""
     with timing.threads(threads):
-        return timing.read_bandwidth()
+        return timing.read_bandwidth(device=device)

@@ -35,6 +35,37 @@ def facts() -> dict[str, Any]:
     }
 
 
+def gpu() -> dict[str, Any]:
+    """The GPU, its driver, and the versions that kernels for it depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = torch.cuda.get_device_properties(0)
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    return {
+        "gpu": found.name,
+        "gpu_memory_gb": round(found.total_memory / 1e9, 1),
+        "compute_capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "driver": driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": triton,
+        "peak_mb_is": "growth of what PyTorch allocated on the GPU during the first call of a row",
+    }
+
+
+def driver() -> str | None:
+    """The version of the GPU's driver, None where the system does not tell."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
 def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -37,13 +37,36 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Peer:
     return Peer(lambda: scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped))
 
 
+def dense(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> dict[str, Callable[[], Peer]]:
+    """The dense peers by name: on a GPU every fused kernel of SDPA that is asked for by name, elsewhere what SDPA takes."""
+    if query.device.type != "cuda":
+        return {"sdpa": lambda: sdpa(query, key, value, causal)}
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def named(backend: Any) -> Peer:
+        plain = sdpa(query, key, value, causal)
+        if plain.call is None:
+            return plain
+
+        def call() -> Any:
+            with sdpa_kernel(backend):
+                return plain.call()
+
+        return Peer(call)
+
+    kernels = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
+    return {name: lambda backend=backend: named(backend) for name, backend in kernels.items()}
+
+
 def flex(query: Tensor, key: Tensor, value: Tensor, selection: Selection, causal: bool, check: Callable[[Tensor], str]) -> Peer:
     """Compiled FlexAttention over ``selection``; its first call compiles."""
     blocks = selection.blocks
     if blocks is None or blocks.row_mask is not None or blocks.lead:
         return Peer(why="the selection is not made of whole blocks under tiles that start at the first query")
     mask = block_mask(selection, query.shape[1], causal)
-    run = _compiled(torch.get_num_threads(), query.dtype, tuple(query.shape), tuple(key.shape), mask.BLOCK_SIZE, causal)
+    run = _compiled(
+        torch.get_num_threads(), query.device.type, query.dtype, tuple(query.shape), tuple(key.shape), mask.BLOCK_SIZE, causal
+    )
     grouped = query.shape[1] != key.shape[1]
     return Peer(lambda: run(query, key, value, mask, grouped), check)
 
@@ -56,11 +79,12 @@ def block_mask(selection: Selection, q_heads: int, causal: bool) -> Any:
     kept = blocks.to_tiles()
     kept = kept.repeat_interleave(q_heads // kept.shape[1], 1)
     offset = blocks.kv_len - blocks.q_len
-    cut = torch.zeros(kept.shape[-2:], dtype=torch.bool)
+    device = kept.device
+    cut = torch.zeros(kept.shape[-2:], dtype=torch.bool, device=device)
     if causal:
-        first = offset + torch.arange(blocks.tiles) * blocks.q_block
-        last = ((torch.arange(blocks.blocks) + 1) * blocks.kv_block).clamp_max(blocks.kv_len) - 1
-        start = torch.arange(blocks.blocks) * blocks.kv_block
+        first = offset + torch.arange(blocks.tiles, device=device) * blocks.q_block
+        last = ((torch.arange(blocks.blocks, device=device) + 1) * blocks.kv_block).clamp_max(blocks.kv_len) - 1
+        start = torch.arange(blocks.blocks, device=device) * blocks.kv_block
         cut = last > first[:, None]
         kept = kept & (start <= (first + blocks.q_block - 1).clamp_max(blocks.kv_len - 1)[:, None])
     return BlockMask.from_kv_blocks(

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from sieve_attn.bench.peers import Peer
 from sieve_attn.pipeline import attention
+from sieve_attn.types import Blocks, Selection
+
+
+def moved(x: Any, device: str) -> Any:
+    """``x``, its tensors and the tensors of its blocks on ``device``; itself where that is where it is."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, tuple):
+        return tuple(moved(part, device) for part in x)
+    if isinstance(x, Selection):
+        return Selection(tuple(moved(part, device) for part in x.parts))
+    if isinstance(x, Blocks):
+        mask = None if x.row_mask is None else x.row_mask.to(device)
+        exact = x.listed
+        return replace(exact, row_ptr=exact.row_ptr.to(device), block_index=exact.block_index.to(device), row_mask=mask)
+    return x
 
 
 class Unavailable(Exception):
@@ -22,7 +38,7 @@ class Prepared:
 
     ``peers`` are made only where they are asked for. ``first`` runs instead of ``call`` where the check needs more than the
     timed call returns. ``parts``: seconds that a result knows about itself. ``beside``: calls of ours that are clocked in
-    the same turns and are no peers; ``front`` is the PyTorch front-end.
+    the same turns and are no peers, by the name of what they measure; ``front`` is the PyTorch front-end.
     """
 
     call: Callable[[], Any]
@@ -30,8 +46,8 @@ class Prepared:
     peers: dict[str, Callable[[], Peer]]
     first: Callable[[], Any] | None = None
     parts: Callable[[Any], dict[str, float]] = field(default=lambda result: {})
-    notes: tuple[str, ...] = ()
     beside: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def which_backend(query: Tensor, key: Tensor, value: Tensor, backend: str) -> str:

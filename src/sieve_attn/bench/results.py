@@ -18,6 +18,16 @@ def document(settings: Settings, machine: dict[str, Any], rows: list[Row]) -> di
     return {"machine": machine, "settings": asdict(settings), "rows": [row.to_dict() for row in rows]}
 
 
+def place(machine: dict[str, Any]) -> Path | None:
+    """Where a run on a GPU is written without being told: ``bench/results`` of a checkout; None outside of one."""
+    folder = Path("bench/results")
+    if not Path("pyproject.toml").is_file():
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    words = f"{machine['gpu']} {machine['date'][:10]}".lower().replace("/", "-").split()
+    return folder / f"{'-'.join(words)}.json"
+
+
 def write_json(path: Path, found: dict[str, Any]) -> None:
     path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 

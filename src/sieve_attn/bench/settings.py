@@ -11,6 +11,8 @@ GROUPS = ("prefill", "backward", "decode", "gate", "topk", "ternary", "index")
 FRAMEWORKS = ("torch", "jax")  # JAX has a group of its own, `jax`
 PEERS = ("sdpa", "flex")
 DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("cpu", "cuda")
+ON_CUDA = ("prefill", "backward", "decode", "gate", "topk")  # groups that have cases there
 
 QUICK_N, QUICK_KEYS, QUICK_REPEATS = 1024, 8192, 3
 
@@ -21,7 +23,8 @@ class Settings:
 
     ``n``: queries and keys of ``prefill``, ``backward``, ``topk`` and of the shares of ``gate``, whose other rows stop at that
     length. ``keys``: the cache of ``decode``. ``repeats``: at least so many samples a median. ``long`` adds the rows that take
-    minutes and gigabytes; ``quick`` is small sizes, one thread and few repeats, where these are not given.
+    minutes and gigabytes; ``quick`` is small sizes, one thread and few repeats, where these are not given. ``device``: where
+    everything runs; ``cuda`` has cases and targets of its own.
     """
 
     groups: tuple[str, ...] = GROUPS
@@ -37,6 +40,7 @@ class Settings:
     quick: bool = False
     long: bool = False
     framework: str = "torch"
+    device: str = "cpu"
 
     def __post_init__(self):
         one_of("framework", (self.framework,), FRAMEWORKS, "leave it out for PyTorch")
@@ -51,6 +55,9 @@ class Settings:
             (*GROUPS, "jax") if self.framework == "jax" else GROUPS,
             "for the published benchmark run `sieve bench aether`",
         )
+        one_of("device", (self.device,), DEVICES, "leave it out for the CPU")
+        if self.device == "cuda":
+            self._check_cuda()
         one_of("peers", self.peers, PEERS, "separate them by commas")
         if self.dtypes is not None:
             one_of("dtype", self.dtypes, DTYPES, "kernels are measured in these")
@@ -66,6 +73,19 @@ class Settings:
         for name, value in (full | quick).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+
+    def _check_cuda(self) -> None:
+        """Nothing is measured where there is no GPU, and nothing is claimed."""
+        import torch
+
+        if not torch.cuda.is_available():
+            raise error("device", "must be a device of this machine, which has no CUDA GPU", "'cuda'", "leave it out for the CPU")
+        if self.groups == GROUPS:
+            object.__setattr__(self, "groups", ON_CUDA)
+        one_of("group", self.groups, ON_CUDA, "the others run on the CPU")
+        if self.threads not in (None, (1,)):
+            raise error("threads", "must be left out on a GPU", ", ".join(map(str, self.threads)), "one host thread launches")
+        object.__setattr__(self, "threads", (1,))
 
     def allows(self, length: int) -> bool:
         """Whether a row of a fixed ``length`` belongs to this run."""

@@ -84,6 +84,8 @@ def verdict(row: Row) -> str:
 def machine_line(machine: dict[str, Any]) -> str:
     flags = " ".join(machine.get("cpu_flags", ()))
     model = machine["cpu"] + (f" ({flags})" if flags else "")
+    if "gpu" in machine:
+        model = f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}, Triton {machine['triton']}"
     return f"{model}, torch {machine['torch']}, {machine['date'][:10]}, commit {machine['commit']}"
 
 

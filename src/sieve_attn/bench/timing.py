@@ -40,14 +40,17 @@ def interleave(
     repeats: int,
     parts: Callable[[str, Any], dict[str, float]] = lambda name, result: {},
     least_seconds: float = LEAST_SECONDS,
+    *,
+    clock: Callable[[Callable[[], Any]], tuple[Any, float]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds by name: all calls in turn, each turn beginning with another one; ``repeats`` turns, more until short calls fill
     ``least_seconds``, and fewer (not below 3) where they would take more than two minutes.
 
     Each clocked call follows one of its own that is not, so that caches hold what this call left and not what another one did
     (calls longer than ``LONG`` are not repeated). The calls must have run before. ``parts(name, result)`` may add seconds that a
-    result knows about itself.
+    result knows about itself. ``clock`` runs a call and says how long it took: by default :func:`on_host`.
     """
+    clock = on_host if clock is None else clock
     found: dict[str, list[float]] = {name: [] for name in calls}
     names, turn, turns, collecting = list(calls), 0, repeats, gc.isenabled()
     gc.disable()
@@ -56,11 +59,10 @@ def interleave(
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 if not found[name] or found[name][-1] < LONG:
                     calls[name]()
-                start = time.perf_counter()
-                result = calls[name]()
-                found[name].append(time.perf_counter() - start)
-                for part, seconds in parts(name, result).items():
-                    found.setdefault(part, []).append(seconds)
+                result, seconds = clock(calls[name])
+                found[name].append(seconds)
+                for part, share in parts(name, result).items():
+                    found.setdefault(part, []).append(share)
                 del result
             turn += 1
             if turn == 1:
@@ -72,6 +74,27 @@ def interleave(
         if collecting:
             gc.enable()
     return found
+
+
+def on_host(call: Callable[[], Any]) -> tuple[Any, float]:
+    """``(result, seconds)`` by the host's clock."""
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
+
+
+def on_cuda(call: Callable[[], Any]) -> tuple[Any, float]:
+    """``(result, seconds)`` between two CUDA events around what the call launched; launching itself is not hidden by a queue."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    result = call()
+    stop.record()
+    stop.synchronize()
+    return result, start.elapsed_time(stop) / 1e3
+
+
+CLOCKS = {"cpu": on_host, "cuda": on_cuda}
 
 
 def median_ms(samples: list[float] | None) -> float | None:
@@ -86,9 +109,19 @@ def spread(samples: list[float]) -> float | None:
     return (high - low) / middle
 
 
-def peak_growth(call: Callable[[], Any]) -> tuple[Any, float | None, float | None]:
-    """``(result, growth, peak)`` in MB: how far resident memory rose during ``call``, and how high. None where it cannot tell."""
+def peak_growth(call: Callable[[], Any], device: str = "cpu") -> tuple[Any, float | None, float | None]:
+    """``(result, growth, peak)`` in MB: how far resident memory rose during ``call``, and how high. None where it cannot tell.
+
+    On a GPU it is the memory that PyTorch allocated there.
+    """
     gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 1e6
+        result = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() / 1e6
+        return result, peak - before, peak
     try:
         ctypes.CDLL(None).malloc_trim(0)
         (PROC / "clear_refs").write_text("5")
@@ -113,18 +146,19 @@ def last_level_cache() -> int:
     return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units), default=0)
 
 
-def read_bandwidth(size: int | None = None, repeats: int = 3) -> tuple[float, str]:
+def read_bandwidth(size: int | None = None, repeats: int = 3, device: str = "cpu") -> tuple[float, str]:
     """``(GB/s, how)``: the fastest plain read of ``size`` bytes by torch on its threads; by default twice the largest cache.
 
     The readers are an int64 sum, an fp32 sum and an fp32 dot product of two halves; the best time of each counts.
     """
-    size = max(2 * last_level_cache(), 1 << 28) if size is None else size
-    words = torch.ones(size // 4, dtype=torch.float32)
+    if size is None:
+        size = 1 << 31 if device == "cuda" else max(2 * last_level_cache(), 1 << 28)
+    words = torch.ones(size // 4, dtype=torch.float32, device=device)
     left, right = words.chunk(2) if len(words) % 2 == 0 else words[:-1].chunk(2)
     whole = words[: len(words) // 2 * 2].view(torch.int64)
     readers = {"int64 sum": whole.sum, "fp32 sum": words.sum, "fp32 dot": lambda: torch.dot(left, right)}
     for read in readers.values():
         read()
-    best = {name: min(seconds) for name, seconds in interleave(readers, repeats).items()}
+    best = {name: min(seconds) for name, seconds in interleave(readers, repeats, clock=CLOCKS[device]).items()}
     name = min(best, key=best.get)
     return words.nbytes / best[name] / 1e9, f"{name} over {words.nbytes / 1e6:.0f} MB"

@@ -10,7 +10,7 @@ from torch import Tensor
 from sieve_attn.bench import peers, truth
 from sieve_attn.bench.cases import Case
 from sieve_attn.bench.inputs import inputs
-from sieve_attn.bench.prepared import Prepared, Unavailable
+from sieve_attn.bench.prepared import Prepared, Unavailable, moved
 from sieve_attn.bench.settings import Settings
 
 K = 8
@@ -23,13 +23,14 @@ def top_k(case: Case, settings: Settings) -> Prepared:
 
     if not hasattr(functional, "top_k_attention"):
         raise Unavailable("sieve_attn.functional.top_k_attention is not part of this installation")
-    query, key, value = inputs(case, settings.seed)
+    host = inputs(case, settings.seed)
+    query, key, value = moved(host, settings.device)
 
     def check(result: Any) -> tuple[str, dict[str, Any]]:
         visible = case.q_len * (case.q_len + 1) / 2
         kept = sum(min(K, n + 1) for n in range(case.q_len)) / visible
         output = result[0] if isinstance(result, tuple) else result
-        return check_top_k(output, query, key, value), {"density": kept, "ideal": 1.0 / kept}
+        return check_top_k(moved(output, "cpu"), *host), {"density": kept, "ideal": 1.0 / kept}
 
     def other() -> peers.Peer:
         if case.q_len > NAIVE_LIMIT:
@@ -43,7 +44,7 @@ def top_k(case: Case, settings: Settings) -> Prepared:
 def naive(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Scores, ``topk``, scatter, softmax: four arrays of queries x keys."""
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1), -torch.inf)
     best, index = scores.topk(min(K, scores.shape[-1]), -1)
     return torch.softmax(torch.full_like(scores, -torch.inf).scatter_(-1, index, best), -1) @ value
 

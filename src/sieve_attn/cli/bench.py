@@ -64,6 +64,7 @@ def run(
     framework: Annotated[str, typer.Option("--framework", help="torch, or jax: its jitted calls, 4K to 16K.")] = "torch",
     compare: Annotated[Path | None, typer.Option("--compare", help="An earlier --json; ratios 10 % below it are exit 1.")] = None,
     seed: Seed = 0, backend: o.Backend = "auto",
+    device: Annotated[str, typer.Option("--device", help="cpu, or cuda with cases and targets of its own.")] = "cpu",
 ) -> None:  # fmt: skip
     """Ratios over PyTorch's attention and compiled FlexAttention in the same run. A row that is wrong is FAILED, and exit 1.
 
@@ -74,7 +75,7 @@ def run(
     with o.user_errors():
         settings = Settings(
             _given(groups) or GROUPS, n, keys, _given(dtype), _given(head_dim), _given(threads), repeats,
-            tuple(name.strip() for name in peers.split(",") if name.strip()), backend, seed, quick, long, framework,
+            tuple(name.strip() for name in peers.split(",") if name.strip()), backend, seed, quick, long, framework, device,
         )  # fmt: skip
         if listing:
             return _list(settings)
@@ -84,6 +85,11 @@ def run(
 
         before = {} if compare is None else results.read_ratios(compare)
         machine = _machine()
+        if device == "cuda":
+            from sieve_attn.bench.machine import gpu
+
+            machine |= gpu()
+            json = results.place(machine) if json is None else json
         rows: list[Any] = []
         with o.progress_bar(True) as tell:
             for row in measure(settings, tell):

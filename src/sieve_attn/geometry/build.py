@@ -1,4 +1,4 @@
-"""Which code summarises keys: C++ kernels where they know every statistic that is asked for, else the reference."""
+"""Which code summarises keys: kernels of the device or in C++ where they know what is asked for, else the reference."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from sieve_attn.checks import error, positive_int
 from sieve_attn.geometry import native, reference
+from sieve_attn.geometry import triton as device
 from sieve_attn.types import Geometry, Statistics
 
 Array = Any
@@ -38,5 +39,14 @@ def build(
         raise error("value", "must be given when value statistics are asked for", "None", "pass the values beside the keys")
     if asked.sketch_bits not in range(9):
         raise error("sketch_bits", "must lie in 1..8, or 0 for no sketch", asked.sketch_bits, "try 4 to rank or 8 to prove")
-    chosen = reference if backend == "reference" or native.why_not(key, asked) else native
+    chosen = _chosen(key, block_size, asked, value if asked.value else None, backend)
     return chosen.build(key, block_size, asked, value=value, key_mask=key_mask, channel_scale=channel_scale)
+
+
+def _chosen(key: Array, block_size: int, asked: Statistics, value: Array | None, backend: str) -> Any:
+    """The module that summarises ``key``; only where Triton is named does its interpreter serve."""
+    if backend == "reference":
+        return reference
+    if backend != "native" and not device.why_not(key, block_size, value, named=backend == "triton"):
+        return device
+    return reference if native.why_not(key, asked) else native

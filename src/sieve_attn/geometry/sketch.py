@@ -7,6 +7,7 @@ arrives; the codes are integers, so a kernel can score them with integer dot pro
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Bool, Float, UInt8
@@ -107,13 +108,29 @@ def build_sketch(
     scale = channel_scale(key, taking_part) if scale is None else scale
     codes, step = quantise(key, xp.cast(scale, key.dtype), bits)
     sketch = Sketch(bits, pack(codes, bits), step, step, step, scale)
-    error = xp.where(valid[..., None], key - decode(sketch, dtype=key.dtype), 0.0)
-    outward = 1.0 + (key.shape[-1] + 16) * UNIT
-    metric = error / xp.cast(scale, key.dtype)[:, :, None, :]
-    # the decoded value itself is rounded: widen by what a unit of its size can hide
-    norms = [xp.half_above(xp.norm(e) * outward) for e in (error, metric)]
+    norms = [xp.half_above(xp.norm(e) * _outward(key)) for e in _errors(sketch, key, valid)]
+    sketch = Sketch(bits, sketch.planes, step, *norms, scale)
+    return spectral_bounds(sketch, key, valid, block_size) if spectral else sketch
+
+
+def spectral_bounds(sketch: Sketch, key: Array, valid: Array, block_size: int) -> Sketch:
+    """``sketch`` of ``key`` with bounds on the squared spectral norms of its blocks' error rows."""
+    xp = arrays.namespace(key)
     per_block = []
-    for e in (error, metric) if spectral else ():
+    for e in _errors(sketch, key, valid):
         padded = xp.pad_end(e, 2, -e.shape[2] % block_size, 0.0)
-        per_block.append(largest_eigenvalue(xp, padded.reshape(*e.shape[:2], -1, block_size, e.shape[-1])) * outward)
-    return Sketch(bits, sketch.planes, step, *norms, scale, *per_block)
+        rows = padded.reshape(*e.shape[:2], -1, block_size, e.shape[-1])
+        per_block.append(largest_eigenvalue(xp, rows) * _outward(key))
+    return replace(sketch, spectral=per_block[0], metric_spectral=per_block[1])
+
+
+def _outward(key: Array) -> float:
+    """The decoded value itself is rounded: widen by what a unit of its size can hide."""
+    return 1.0 + (key.shape[-1] + 16) * UNIT
+
+
+def _errors(sketch: Sketch, key: Array, valid: Array) -> tuple[Array, Array]:
+    """What the codes lose of each key, and the same over the channel scale."""
+    xp = arrays.namespace(key)
+    error = xp.where(valid[..., None], key - decode(sketch, dtype=key.dtype), 0.0)
+    return error, error / xp.cast(sketch.channel_scale, key.dtype)[:, :, None, :]

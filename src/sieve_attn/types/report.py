@@ -47,14 +47,19 @@ class Report:
     bound: str
     kept: Array  # [batch, heads, tiles] kept keys, counted once a (tile, block) pair
     visible: Array  # [batch, heads, tiles] visible keys, likewise
-    selected_by: str = ""  # which code chose the blocks: native or reference; empty if none had to
+    selected_by: str = ""  # which code chose the blocks: triton, native or reference; empty if none had to
     requested_sparsity: float | None = None
-    fallbacks: tuple[Fallback, ...] = ()
+    fall_back: Callable[[], tuple[Fallback, ...]] = tuple
     seconds: Mapping[str, float] = field(default_factory=dict)
     geometry_from: str = "keys"
     selection: Any = None
     certify: Callable[[], Certificate] | None = None
     computed: Array | None = None  # [batch, heads, tiles] visible keys whose logit was computed in order to choose
+
+    @cached_property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """Where the policy turned dense on its own."""
+        return self.fall_back()
 
     @cached_property
     def density(self) -> float:

@@ -17,11 +17,12 @@ class Blocks:
 
     Query ``i`` belongs to tile ``(i + lead) // q_block``: ``lead`` puts the tile grid on absolute positions, so that a
     prefill in chunks has the tiles of one prefill. ``heads`` is 1, ``kv_heads`` or ``q_heads``; a group shares its entry.
-    ``row_mask``, where given, says which queries of the tile keep the block (``per_query``); None means all.
+    ``row_mask``, where given, says which queries of the tile keep the block (``per_query``); None means all. Entries from
+    ``row_ptr[-1]`` on are room to spare and mean nothing: a device that does not wait for the host has them.
     """
 
     row_ptr: Array  # [batch * heads * tiles + 1] int64
-    block_index: Array  # [entries] int32, increasing within a tile
+    block_index: Array  # [entries, or more] int32, increasing within a tile
     batch: int
     heads: int
     q_len: int
@@ -58,17 +59,26 @@ class Blocks:
     def blocks(self) -> int:
         return -(-self.kv_len // self.kv_block)
 
+    @property
+    def listed(self) -> Blocks:
+        """The same blocks without room to spare, for which the host waits."""
+        entries = int(self.row_ptr[-1])
+        if entries == self.block_index.shape[0]:
+            return self
+        return replace(self, block_index=self.block_index[:entries])
+
     @cached_property
     def _entry_row(self) -> Array:
-        """[entries] the flat (batch, head, tile) of each entry."""
+        """[entries] the flat (batch, head, tile) of each entry, one too many for entries to spare."""
         xp = arrays.namespace(self.row_ptr)
         return xp.searchsorted(self.row_ptr[1:], xp.arange(0, self.block_index.shape[0], self.row_ptr))
 
     def to_tiles(self) -> Array:
         """[batch, heads, tiles, blocks] bool: the block is kept by at least one query of the tile."""
         xp = arrays.namespace(self.row_ptr)
-        index = (self._entry_row, xp.cast(self.block_index, xp.int64))
-        flat = xp.scatter_true((self.batch * self.heads * self.tiles, self.blocks), index, self.row_ptr)
+        units = self.batch * self.heads * self.tiles
+        block = xp.where(self._entry_row < units, xp.cast(self.block_index, xp.int64), 0)
+        flat = xp.scatter_true((units + 1, self.blocks), (self._entry_row, block), self.row_ptr)[:units]
         return flat.reshape(self.batch, self.heads, self.tiles, self.blocks)
 
     def block_rows(self, start: int, stop: int) -> Array:

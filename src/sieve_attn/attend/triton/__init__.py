@@ -15,7 +15,7 @@ from sieve_attn.types import Call, Selection
 
 Array = Any
 
-KINDS = ("Blocks", "Ranges")
+KINDS = ("Blocks", "Ranges", "Tokens")
 HEAD_DIMS = (1, 256)
 # tensor cores cut their sums, weights meet the values in the inputs' dtype only after they were summed in fp32
 ROUNDING = Rounding(unit=2.0**-22, exponential=2.0**-20)
@@ -36,8 +36,10 @@ def why_not(request: Any) -> tuple[str, ...]:
 
 def attend(call: Call, selection: Selection, far_field: None = None) -> tuple[Array, Array]:
     """``(output [batch, q_heads, q_len, v_dim] in the query's dtype, lse [batch, q_heads, q_len])``."""
-    from sieve_attn.attend.triton import forward, launch
+    from sieve_attn.attend.triton import forward, launch, tokens
 
+    if selection.kinds == ("Tokens",):
+        return tokens.attend(call, selection)
     if selection.blocks is not None:
         launch.check_blocks(selection.blocks)
     return forward.attend(call, selection)
@@ -50,10 +52,17 @@ def attend_paged(pages: Any) -> tuple[Array, Array]:
     return forward.attend_paged(pages)
 
 
+def top_k(call: Call, count: int) -> tuple[Array, Array, Array, Array]:
+    """Exact top-k attention, chosen and attended to on the device; see :func:`sieve_attn.attend.top_k.attend`."""
+    from sieve_attn.attend.triton.best_keys import top_k
+
+    return top_k(call, count)
+
+
 def backward(
     call: Call, selection: Selection, grad_output: Array, grad_lse: Array, far_field: None = None, *, output: Array, lse: Array
 ) -> dict[str, Array]:
     """Gradients of query, key and value, and of bias and sink where the call has them; see the reference."""
-    from sieve_attn.attend.triton import gradients
+    from sieve_attn.attend.triton import gradients, tokens
 
-    return gradients.backward(call, selection, grad_output, grad_lse, output, lse)
+    return (tokens if selection.kinds == ("Tokens",) else gradients).backward(call, selection, grad_output, grad_lse, output, lse)
