@@ -36,7 +36,10 @@ COSTS = {
     "portable": {"": (20.0, 14.0)},
 }
 # the EPYC's are measured, so are the diagonals of the Xeon; the others are scaled from the forward costs
-GRADIENT_COSTS = {"amx": {"": (9.4, 4.4)}, "avx512": {"": (9.2, 4.1)}, "avx2": {"": (14.0, 9.0)}, "portable": {"": (45.0, 32.0)}}
+GRADIENT_COSTS = {
+    "amx": {"": (9.4, 4.4)}, "vnni": {"": (9.2, 4.1)}, "avx512": {"": (9.2, 4.1)},
+    "avx2": {"": (14.0, 9.0)}, "portable": {"": (45.0, 32.0)},
+}  # fmt: skip
 LARGEST_DIM = 512  # of the device's kernels
 FEW = 2  # residues with fewer offsets never make tiles
 LEAST_ROWS = 1024  # `auto` does not permute fewer queries
