@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
 
 #include "gate_rows.h"
 #include "level.h"
@@ -379,6 +380,10 @@ Gated Gate::run() {
 
 }  // namespace
 
-Gated gate(const GateTask& task) { return Gate(task).run(); }
+Gated gate(const GateTask& task) {
+  if (task.rule == KEEP_PROVED && !(task.planes.data && task.error.data && task.metric_error.data && task.key_norm.data))
+    throw std::invalid_argument("a proof needs the sketch, its errors and the norms of the keys");
+  return Gate(task).run();
+}
 
 }  // namespace sieve

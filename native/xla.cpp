@@ -279,6 +279,12 @@ void run_select(const Frame& f, int64_t item) {
   t.radius = flat(f.input("radius", 3, item), 3);
   t.count = flat(f.input("count", 3, item), 3);
   t.finite = flat(f.input("finite", 3, item), 3);
+  t.error = flat(f.input("error", 3, item), 3);
+  t.metric_error = flat(f.input("metric_error", 3, item), 3);
+  t.spectral = flat(f.input("spectral", 3, item), 3);
+  t.metric_spectral = flat(f.input("metric_spectral", 3, item), 3);
+  t.key_norm = flat(f.input("key_norm", 3, item), 3);
+  t.sink = data<float>(f.input("sink", 1, item));
   t.rule = static_cast<Rule>(f.integer("rule"));
   t.level = f.number("level");
   t.blocks = f.integer("blocks");

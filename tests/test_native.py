@@ -78,6 +78,7 @@ def _on_numpy(q, k, v):
 
 
 @needs_kernels
+@pytest.mark.filterwarnings("ignore:os.fork.* was called:RuntimeWarning")  # JAX says so of its own threads where it is loaded
 def test_a_forked_child_can_call_kernels(level, monkeypatch):
     monkeypatch.setattr(native, "threads", lambda like: 2)
     inputs = [x.numpy() for x in gaussian(1, SHAPE)]

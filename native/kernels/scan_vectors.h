@@ -36,11 +36,17 @@ static inline vb plane_of(const uint8_t* at, int64_t bytes, vb code, int weight)
 static inline vb zero_bytes() { return _mm512_setzero_si512(); }
 static inline void put_bytes(uint8_t* to, vb x) { _mm512_storeu_si512(to, x); }
 static inline vb get_bytes(const void* from) { return _mm512_loadu_si512(from); }
-// sums of four neighbouring products, `by` times
-static inline vb fours(vb codes, vb q, int by) {
-  return _mm512_madd_epi16(_mm512_maddubs_epi16(codes, q), _mm512_set1_epi16((short)by));
+// `sum` and four neighbouring products, `by` times; codes of up to PRODUCT_BITS bits
+#if defined(__AVX512VNNI__)
+constexpr int PRODUCT_BITS = 8;
+static inline vb add_fours(vb sum, vb codes, vb q, int) { return _mm512_dpbusd_epi32(sum, codes, q); }
+#else
+constexpr int PRODUCT_BITS = 7;
+static inline vb add_fours(vb sum, vb codes, vb q, int by) {
+  const vb fours = _mm512_madd_epi16(_mm512_maddubs_epi16(codes, q), _mm512_set1_epi16((short)by));
+  return _mm512_add_epi32(sum, fours);
 }
-static inline vb add_ints(vb a, vb b) { return _mm512_add_epi32(a, b); }
+#endif
 // the sums of the lanes of 16 vectors, in their order
 static inline void put_sums(const vb* v, int32_t* to) {
   __m512i four[4];
@@ -68,10 +74,11 @@ static inline vb plane_of(const uint8_t* at, int64_t bytes, vb code, int weight)
 static inline vb zero_bytes() { return _mm256_setzero_si256(); }
 static inline void put_bytes(uint8_t* to, vb x) { _mm256_storeu_si256((__m256i*)to, x); }
 static inline vb get_bytes(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
-static inline vb fours(vb codes, vb q, int by) {
-  return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, q), _mm256_set1_epi16((short)by));
+constexpr int PRODUCT_BITS = 7;
+static inline vb add_fours(vb sum, vb codes, vb q, int by) {
+  const vb fours = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, q), _mm256_set1_epi16((short)by));
+  return _mm256_add_epi32(sum, fours);
 }
-static inline vb add_ints(vb a, vb b) { return _mm256_add_epi32(a, b); }
 // the sums of the lanes of 8 vectors, in their order
 static inline void put_sums(const vb* v, int32_t* to) {
   const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
@@ -81,10 +88,10 @@ static inline void put_sums(const vb* v, int32_t* to) {
 }
 #endif
 
-// Products of codes and queries are added in pairs of 16 bits, which hold 7 bits of code; the leading plane of 8 goes apart.
+// Where products are added in pairs of 16 bits, these hold 7 bits of code, and the leading plane of 8 goes apart.
 template <int Bits>
 static inline void dots_of(const Scan& s, const uint8_t* const* planes, int64_t stride, int32_t* dots, uint8_t* codes) {
-  constexpr int LOW = Bits < 8 ? Bits : 7, PARTS = Bits < 8 ? 1 : 2;
+  constexpr int LOW = Bits <= PRODUCT_BITS ? Bits : PRODUCT_BITS, PARTS = Bits <= PRODUCT_BITS ? 1 : 2;
   const int64_t wide = up(s.d, SCAN_BYTES), bytes = (s.d + 7) / 8;
   const int groups = s.groups * s.digits;
   const int8_t* query = static_cast<const int8_t*>(s.query);
@@ -95,7 +102,7 @@ static inline void dots_of(const Scan& s, const uint8_t* const* planes, int64_t 
         const int64_t at = (key + k) * stride + c / 8;
         uint8_t* to = codes + c * TOGETHER * PARTS + k * SCAN_BYTES;
         vb code = zero_bytes();
-#pragma GCC unroll 7
+#pragma GCC unroll 8
         for (int b = 0; b < LOW; ++b) code = plane_of(planes[b + PARTS - 1] + at, bytes - c / 8, code, 1 << (LOW - 1 - b));
         put_bytes(to, code);
         if (PARTS == 2) put_bytes(to + TOGETHER * SCAN_BYTES, plane_of(planes[0] + at, bytes - c / 8, zero_bytes(), 1));
@@ -112,8 +119,8 @@ static inline void dots_of(const Scan& s, const uint8_t* const* planes, int64_t 
 #pragma GCC unroll 4
           for (int k = 0; k < TOGETHER; ++k) {
             vb& sum = sums[k * SCAN_ROWS + r];
-            sum = add_ints(sum, fours(get_bytes(from + k * SCAN_BYTES), q, 1));
-            if (PARTS == 2) sum = add_ints(sum, fours(get_bytes(from + (TOGETHER + k) * SCAN_BYTES), q, 128));
+            sum = add_fours(sum, get_bytes(from + k * SCAN_BYTES), q, 1);
+            if (PARTS == 2) sum = add_fours(sum, get_bytes(from + (TOGETHER + k) * SCAN_BYTES), q, 128);
           }
         }
       }

@@ -14,6 +14,7 @@ from sieve_attn.policies import Policy
 from sieve_attn.scores import Euclidean, KeySketch
 from sieve_attn.selection import native as prefill
 from sieve_attn.selection import native_scan as decode
+from sieve_attn.selection.certified import Certified
 from sieve_attn.selection.top_k import TopK
 from sieve_attn.types import Call, Geometry, Sketch, Statistics
 
@@ -93,9 +94,12 @@ def _gate(call: Call, geometry: Geometry, policy: Policy, inputs: dict, outputs:
         }
     else:
         inputs |= {"mean": geometry.mean, "radius": geometry.radius if type(scorer) is Euclidean else None}
-    level = next(
-        (float(getattr(selector, name)) for name in ("threshold", "margin", "sparsity", "mass") if hasattr(selector, name)), 0.0
-    )
+    if type(selector) is Certified:
+        inputs |= {"error": sketch.error, "metric_error": sketch.metric_error, "spectral": sketch.spectral,
+                   "metric_spectral": sketch.metric_spectral, "key_norm": geometry.key_norm,
+                   "sink": None if call.sink is None else call.sink.astype(jnp.float32)}  # fmt: skip
+    amounts = ("threshold", "margin", "sparsity", "mass", "error")
+    level = next((float(getattr(selector, name)) for name in amounts if hasattr(selector, name)), 0.0)
     return ffi.call(
         "select", _stopped(inputs), outputs, **numbers, scoring=prefill.SCORERS[type(scorer)],
         rule=prefill.SELECTORS[type(selector)], level=level, blocks=selector.blocks if type(selector) is TopK else 0,

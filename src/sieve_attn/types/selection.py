@@ -62,10 +62,11 @@ class Blocks:
     @property
     def listed(self) -> Blocks:
         """The same blocks without room to spare, for which the host waits."""
-        entries = int(self.row_ptr[-1])
-        if entries == self.block_index.shape[0]:
+        entries = int(self.row_ptr[-1]) if self.row_ptr.shape[0] else -1
+        if not 0 <= entries < self.block_index.shape[0]:
             return self
-        return replace(self, block_index=self.block_index[:entries])
+        row_mask = None if self.row_mask is None else self.row_mask[:entries]
+        return replace(self, block_index=self.block_index[:entries], row_mask=row_mask)
 
     @cached_property
     def _entry_row(self) -> Array:
