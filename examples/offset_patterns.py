@@ -238,16 +238,17 @@ def draw(results: dict, path: Path) -> bool:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), gridspec_kw={"width_ratios": [1.2, 1]})
     last = {n: [run["curve"][-1][1] for run in row["runs"]] for n, row in results["patterns"].items()}
     order = sorted(last, key=lambda n: statistics.mean(last[n]))
+    colours = pyplot.get_cmap("tab20")
     for place, name in enumerate(order):
         row = results["patterns"][name]
         steps = [step for step, _ in row["runs"][0]["curve"]]
         mean = [statistics.mean(losses) for losses in zip(*([y for _, y in run["curve"]] for run in row["runs"]), strict=True)]
-        left.plot(steps[1:], mean[1:], label=f"{name} ({row['density']:.0%})", linewidth=1, color=f"C{place % 10}")
-        right.plot(last[name], [place] * len(last[name]), "o", color=f"C{place % 10}", markersize=4)
+        left.plot(steps[1:], mean[1:], linewidth=1.2, color=colours(place))
+        right.plot(last[name], [place] * len(last[name]), "o", color=colours(place), markersize=4)
         right.plot(statistics.mean(last[name]), place, "|", color="black", markersize=12)
-    left.set(xlabel="step", ylabel="held-out loss, nats a byte (mean of seeds)")
-    left.legend(fontsize=7)
-    right.set_yticks(range(len(order)), order, fontsize=7)
+    left.set(xlabel="step (colours as on the right)", ylabel="held-out loss, nats a byte (mean of seeds)")
+    names = [f"{name} ({results['patterns'][name]['density']:.0%})" for name in order]
+    right.set_yticks(range(len(order)), names, fontsize=7)
     right.invert_yaxis()
     right.set(xlabel="last held-out loss of each seed")
     figure.tight_layout()
@@ -257,7 +258,7 @@ def draw(results: dict, path: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    numbers = {"steps": 300, "length": 512, "width": 96, "layers": 2, "heads": 3, "batch": 4, "tests": 16, "seeds": 3}
+    numbers = {"steps": 1200, "length": 512, "width": 96, "layers": 2, "heads": 3, "batch": 4, "tests": 16, "seeds": 2}
     numbers |= {"first-seed": 0, "timed": 4096, "threads": 1}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
