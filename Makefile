@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak gpu-check sanitize setup lint clean
+.PHONY: demo test soak gpu-check sanitize emulate-amx setup lint clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,12 @@ sanitize:
 		cmake -S . -B build/sanitize-$${s%%,*} -DSIEVE_TESTS=ON -DSIEVE_SANITIZE=$$s && \
 		cmake --build build/sanitize-$${s%%,*} --parallel 2 && build/sanitize-$${s%%,*}/native_tests || exit 1; \
 	done
+
+# the kernels for tile registers (AMX), on a machine without them: tiles are computed in software, slowly
+emulate-amx: setup
+	$(BIN)/python -m pip install --quiet --no-deps --editable . --config-settings cmake.define.SIEVE_EMULATE_AMX=ON
+	SIEVE_LEVEL=amx $(BIN)/python -m pytest -n 2 -m "not long" -k amx; passed=$$?; \
+	$(BIN)/python -m pip install --quiet --no-deps --editable . --config-settings cmake.define.SIEVE_EMULATE_AMX=OFF; exit $$passed
 
 lint: setup
 	$(BIN)/ruff check --quiet src tests models docs
