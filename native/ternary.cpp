@@ -14,7 +14,6 @@ namespace {
 
 constexpr int64_t FEW = 4;                      // tokens that one call of a table kernel takes
 constexpr int64_t BLOCKS = 8;                   // row blocks that one call takes
-constexpr int64_t TILE_TOKENS = 128;            // tokens whose sums stay in the cache while weights are decoded
 constexpr int64_t WORK = int64_t{1} << 21;      // products below which another thread costs more than it brings
 
 struct Product {
@@ -61,12 +60,12 @@ void few(const Product& p) {
 template <class From>
 void strips(const Product& p, bool integer, int64_t parts, int64_t x_stride, const float* scale, From from) {
   const int64_t columns = p.k.ternary_many_blocks, wide = (p.blocks + columns - 1) / columns, row = columns * TERNARY_ROWS;
-  const int64_t high = (p.tokens + TILE_TOKENS - 1) / TILE_TOKENS, part = TILE_TOKENS * row, each = part + p.k.ternary_scratch_floats;
+  const int64_t high = (p.tokens + TERNARY_TOKENS - 1) / TERNARY_TOKENS, part = TERNARY_TOKENS * row, each = part + p.k.ternary_scratch_floats;
   Buffer<float> space(p.threads * each);
   parallel_for(wide * high, p.threads, [&](int64_t item, int thread) {
     float* sums = space.get() + thread * each;
     const int64_t first = item % wide * columns, count = std::min(columns, p.blocks - first);
-    const int64_t token = item / wide * TILE_TOKENS, together = std::min(TILE_TOKENS, p.tokens - token);
+    const int64_t token = item / wide * TERNARY_TOKENS, together = std::min<int64_t>(TERNARY_TOKENS, p.tokens - token);
     const TernaryTask task{p.codes(first), count, p.groups, together, from(token), x_stride, parts, sums, row, sums + part};
     (integer ? p.k.ternary_many_int8 : p.k.ternary_many)(task);
     for (int64_t t = 0; t < together; ++t)

@@ -10,6 +10,7 @@ namespace sieve {
 
 constexpr int TERNARY_ROWS = 16;     // output channels in a block
 constexpr int TERNARY_COLUMNS = 16;  // input channels in a group
+constexpr int TERNARY_TOKENS = 128;  // tokens whose sums stay in the cache while weights are decoded
 
 struct TernaryWeights {
   const int32_t* codes;

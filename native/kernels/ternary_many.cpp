@@ -170,7 +170,7 @@ int64_t ternary_many_blocks() { return 4; }
 
 constexpr int CHUNK_GROUPS = 16;  // groups of columns whose decoded weights stay in the cache
 
-int64_t ternary_scratch_floats() { return CHUNK_GROUPS * 16 * 4 * 16; }
+int64_t ternary_scratch_floats() { return (CHUNK_GROUPS * 16 + TERNARY_TOKENS) * 4 * 16; }
 void ternary_split(const float*, int64_t, int64_t, int64_t, int64_t, uint16_t*) {}
 void ternary_many_int8(const TernaryTask&) {}
 
@@ -195,15 +195,20 @@ static inline void decode(const int32_t* codes, float* out, int64_t line) {
 void ternary_many(const TernaryTask& t) {
   const int64_t wide = t.blocks * 16;
   const float* x = static_cast<const float*>(t.x);
-  float *w = static_cast<float*>(t.scratch), *sums = static_cast<float*>(t.sums);
+  float *w = static_cast<float*>(t.scratch), *part = w + CHUNK_GROUPS * 16 * wide, *sums = static_cast<float*>(t.sums);
   for (int64_t i = 0; i < t.tokens; ++i) memset(sums + i * t.stride, 0, sizeof(float) * wide);
   for (int64_t first = 0; first < t.groups; first += CHUNK_GROUPS) {
+    // every chunk has a sum of its own: thousands of terms one after another would round too often
+    memset(part, 0, sizeof(float) * t.tokens * wide);
     const int64_t n = t.groups - first < CHUNK_GROUPS ? t.groups - first : CHUNK_GROUPS;
     const float* row[CHUNK_GROUPS * 16];
     for (int64_t i = 0; i < n * 16; ++i) row[i] = w + i * wide;
     for (int64_t b = 0; b < t.blocks; ++b)
       for (int64_t g = 0; g < n; ++g) decode(t.codes + (b * t.groups + first + g) * 16, w + g * 16 * wide + b * 16, wide);
-    times_rows(x + first * 16, t.x_stride, 1, (int)t.tokens, (int)(n * 16), row, (int)wide, sums, t.stride);
+    times_rows(x + first * 16, t.x_stride, 1, (int)t.tokens, (int)(n * 16), row, (int)wide, part, wide);
+    for (int64_t i = 0; i < t.tokens; ++i)
+      for (int64_t c = 0; c < wide; c += LANES)
+        store(sums + i * t.stride + c, load(sums + i * t.stride + c) + load(part + i * wide + c));
   }
 }
 
