@@ -15,6 +15,7 @@ from sieve_attn.scores import Euclidean, KeySketch
 from sieve_attn.selection import native as prefill
 from sieve_attn.selection import native_scan as decode
 from sieve_attn.selection.certified import Certified
+from sieve_attn.selection.kernels import ends
 from sieve_attn.selection.top_k import TopK
 from sieve_attn.types import Call, Geometry, Sketch, Statistics
 
@@ -62,7 +63,7 @@ def choose(call: Call, geometry: Geometry, policy: Policy, room: int):
     grid = (call.query.shape[0], heads, tiles)
     outputs = {name: shape(grid, jnp.int32) for name in ("counts", "kept", "visible")}
     outputs |= {"indices": shape((*grid, room), jnp.int32), "dense": shape(grid, jnp.bool_)}
-    sinks, near = prefill._ends(policy.keep)
+    sinks, near = ends(policy.keep)
     numbers = {
         "causal": call.causal, "window": -1 if call.window is None else call.window, "scale": call.scale,
         "softcap": call.softcap or 0.0, "block_size": policy.block_size, "query_tile": policy.query_tile,

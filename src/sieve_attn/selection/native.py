@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 from sieve_attn import arrays, native
-from sieve_attn.patterns import Pattern, Sinks, Window
-from sieve_attn.patterns.base import members
 from sieve_attn.scores import Euclidean, KeySketch, Mean
 from sieve_attn.selection.certified import Certified
+from sieve_attn.selection.kernels import declined, ends
 from sieve_attn.selection.mass import Mass
 from sieve_attn.selection.threshold import RelativeThreshold, Threshold
 from sieve_attn.selection.top_k import TargetSparsity, TopK
@@ -47,43 +46,13 @@ def why_not(call: Call, geometry: Geometry, policy: Any, per_query: bool) -> tup
         reasons.append(f"the prefill gate takes at least {LEAST_QUERIES} queries, not {call.q_len}")
     if call.query.shape[3] > LARGEST_DIM:
         reasons.append(f"kernels take at most {LARGEST_DIM} channels, not {call.query.shape[3]}")
-    if not (call.scale > 0):
-        reasons.append("kernels score with a positive scale only")
-    if call.mask is not None:
-        reasons.append("kernels choose without a mask of queries by keys")
-    if call.bias is not None:
-        reasons.append("kernels choose without a bias")
-    if per_query:
-        reasons.append("kernels choose for tiles, not for every query")
-    if type(policy.scorer) not in SCORERS:
-        reasons.append(f"kernels score by {_names(SCORERS)}, not by {type(policy.scorer).__name__}")
-    if type(policy.selector) not in SELECTORS:
-        reasons.append(f"kernels select by {_names(SELECTORS)}, not by {type(policy.selector).__name__}")
+    reasons += declined(call, policy, per_query, SCORERS, SELECTORS)
     if type(policy.selector) is Certified:
         if type(policy.scorer) is not KeySketch:
             reasons.append(f"kernels prove with KeySketch, not with {type(policy.scorer).__name__}")
         elif policy.scorer.bits < geometry.sketch.bits:
             reasons.append(f"kernels prove with all {geometry.sketch.bits} bits of a sketch, not with {policy.scorer.bits}")
-    if _ends(policy.keep) is None:
-        reasons.append(f"kernels force Sinks and Window, not {policy.keep!r}")
     return tuple(reasons)
-
-
-def _names(table: dict) -> str:
-    return ", ".join(kind.__name__ for kind in table)
-
-
-def _ends(keep: Pattern | None) -> tuple[int, int] | None:
-    """``(sinks, window)`` in tokens, or None for a pattern of another kind."""
-    sinks = window = 0
-    for part in () if keep is None else members(keep):
-        if type(part) is Sinks:
-            sinks = max(sinks, part.tokens)
-        elif type(part) is Window:
-            window = max(window, part.tokens)
-        else:
-            return None
-    return sinks, window
 
 
 def select(call: Call, geometry: Geometry, policy: Any) -> tuple[Selection, tuple[Array, Array], Array]:
@@ -92,7 +61,7 @@ def select(call: Call, geometry: Geometry, policy: Any) -> tuple[Selection, tupl
     scorer, selector = policy.scorer, policy.selector
     batch, q_heads = call.query.shape[:2]
     heads = call.key.shape[1] if policy.share_group else q_heads
-    sinks, window = _ends(policy.keep)
+    sinks, window = ends(policy.keep)
     alive: list[Array] = []
 
     def held(x: Array | None, dtype: Any = None) -> Any:

@@ -12,9 +12,8 @@ from typing import Any
 
 from sieve_attn import arrays
 from sieve_attn import triton as door
-from sieve_attn.patterns import Pattern, Sinks, Window
-from sieve_attn.patterns.base import members
 from sieve_attn.scores import Euclidean, KeySketch, Mean
+from sieve_attn.selection.kernels import declined
 from sieve_attn.selection.mass import Mass
 from sieve_attn.selection.threshold import RelativeThreshold, Threshold
 from sieve_attn.selection.top_k import TargetSparsity, TopK
@@ -41,38 +40,8 @@ def why_not(call: Call, geometry: Geometry, policy: Any, per_query: bool, *, nam
     limits = (("channels", call.query.shape[3], LARGEST_DIM), ("keys a block", policy.block_size, LARGEST_BLOCK),
               ("queries a tile", policy.query_tile, LARGEST_TILE))  # fmt: skip
     reasons += [f"kernels take at most {most} {what}, not {found}" for what, found, most in limits if found > most]
-    if not (call.scale > 0):
-        reasons.append("kernels score with a positive scale only")
-    if call.mask is not None:
-        reasons.append("kernels choose without a mask of queries by keys")
-    if call.bias is not None:
-        reasons.append("kernels choose without a bias")
-    if per_query:
-        reasons.append("kernels choose for tiles, not for every query")
-    if type(policy.scorer) not in SCORERS:
-        reasons.append(f"kernels score by {_names(SCORERS)}, not by {type(policy.scorer).__name__}")
-    if type(policy.selector) not in RULES:
-        reasons.append(f"kernels select by {_names(RULES)}, not by {type(policy.selector).__name__}")
-    if ends(policy.keep) is None:
-        reasons.append(f"kernels force Sinks and Window, not {policy.keep!r}")
+    reasons += declined(call, policy, per_query, SCORERS, RULES)
     return tuple(reasons)
-
-
-def _names(table: dict) -> str:
-    return ", ".join(kind.__name__ for kind in table)
-
-
-def ends(keep: Pattern | None) -> tuple[int, int] | None:
-    """``(sinks, window)`` in tokens, or None for a pattern of another kind."""
-    sinks = window = 0
-    for part in () if keep is None else members(keep):
-        if type(part) is Sinks:
-            sinks = max(sinks, part.tokens)
-        elif type(part) is Window:
-            window = max(window, part.tokens)
-        else:
-            return None
-    return sinks, window
 
 
 def select(call: Call, geometry: Geometry, policy: Any) -> tuple[Selection, tuple[Array, Array], Array]:

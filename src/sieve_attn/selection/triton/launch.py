@@ -15,6 +15,7 @@ from sieve_attn import triton as door
 from sieve_attn.geometry.sketch import CALIBRATION
 from sieve_attn.scores import KeySketch
 from sieve_attn.selection import triton as gate
+from sieve_attn.selection.kernels import ends
 from sieve_attn.selection.mass import Mass
 from sieve_attn.selection.threshold import RelativeThreshold, Threshold
 from sieve_attn.selection.top_k import TargetSparsity, TopK
@@ -144,7 +145,7 @@ class _Run:
         device, dim = query.device, int(query.shape[3])
         sketched = isinstance(scorer, KeySketch)
         masked, packed = call.key_mask is not None, call.cu_seqlens is not None
-        sinks, near = gate.ends(policy.keep)
+        sinks, near = ends(policy.keep)
         self.everything = (isinstance(selector, Threshold) and selector.threshold == -math.inf) or (
             isinstance(selector, Mass) and selector.mass == 1.0
         )
