@@ -250,6 +250,26 @@ def test_biases_of_xformers_by_name(kind, q_len, kv_len):
     assert torch.equal(AetherAttention(-math.inf, 16)(q, k, v, bias), out)
 
 
+def test_packed_sequences_without_a_token_do_no_harm():
+    q, k, v = xformers(3, batch=1)
+    bias, gaps = BlockDiagonalCausalMask(), BlockDiagonalCausalMask()
+    gaps.q_seqinfo = gaps.k_seqinfo = _Seqinfo(0, 0, 9, 9, 25, 40, 40)
+    assert torch.equal(aether_attention(q, k, v, 0.9, 16, attn_bias=gaps), aether_attention(q, k, v, 0.9, 16, attn_bias=bias))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3, 40, 40), (2, 2, 1, 40, 40), (1, 1, 3, 1, 40), (1, 1, 1, 40, 40), (2, 40, 40)])
+def test_a_grouped_tensor_bias_broadcasts(shape):
+    q, k, v = (x.unflatten(2, (1, 3)).expand(-1, -1, 2, -1, -1) for x in xformers(1))
+    bias = draw(5, *shape).float().requires_grad_()
+    out = aether_attention(q, k, v, -math.inf, 16, attn_bias=bias)
+    wide = (bias if bias.ndim == 5 else bias[:, None, None]).expand(2, 2, 3, 40, 40)
+    for g in range(2):
+        exact = dense(q[:, :, g], k[:, :, g], v[:, :, g], bias=wide[:, g].double())
+        assert_close(out[:, :, g], exact, plain=exact.float(), dtype=torch.float32)
+    out.sum().backward()
+    assert bias.grad.shape == shape
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 40, 40), (1, 3, 40, 40), (2, 1, 1, 40), (2, 40, 40), (40, 40), (1, 40)])
 def test_a_tensor_bias_broadcasts(shape):
     q, k, v = xformers(1)

@@ -82,6 +82,10 @@ BAD_ARRAYS = {
     "a sink too few": ((Q, K, V), {"sink": torch.zeros(3)}, ("`sink`", "[4]", "(3,)", "heads")),
     "window 0": ((Q, K, V), {"window": 0}, ("`window`", "at least 1", "0", "None")),
     "window 2.5": ((Q, K, V), {"window": 2.5}, ("`window`", "integer", "2.5")),
+    "a float8 query": ((Q.to(torch.float8_e4m3fn), K, V), {}, ("`query`", "fp16, bf16, fp32, fp64", "float8_e4m3fn", "cast")),
+    "keys without values": ((Q, K.to("meta"), V.to("meta")), {}, ("`key`", "hold values", "meta", "device")),
+    "a bias without values": ((Q, K, V), {"bias": torch.zeros(1, 1, 6, 10, device="meta")}, ("`bias`", "hold values", "meta")),
+    "scale True": ((Q, K, V), {"scale": True}, ("`scale`", "True")),
     "an unknown backend": ((Q, K, V), {"backend": "cuda"}, ("`backend`", "triton, native, reference", "'cuda'", "'auto'")),
 }
 
@@ -104,6 +108,18 @@ def test_bad_sequence_edges(edges):
         str(edges[:8]),
         "empty",
     )
+
+
+@pytest.mark.parametrize("edges", [torch.tensor([0.0, 10.0]), torch.tensor([[0, 10]]), [0, 4.5, 10], "0, 10", 10])
+def test_sequence_edges_are_integers_along_one_axis(edges):
+    q, k, v = (x[:1, :2, :10] for x in (K, K, V))
+    refuse(lambda: attention(q, k, v, cu_seqlens=edges), "`cu_seqlens`", "integers along one axis", "cumulative lengths")
+
+
+@pytest.mark.parametrize("name", ["mask", "key_mask", "bias", "sink"])
+def test_options_are_arrays_of_the_querys_framework(name):
+    refuse(lambda: attention(Q, K, V, **{name: [1.0]}), f"`{name}`", "array", "list", "tensor", kind=TypeError)
+    refuse(lambda: attention(Q, K, V, **{name: np.ones(4)}), f"`{name}`", "of torch", "ndarray", "convert", kind=TypeError)
 
 
 def test_sequence_edges_may_be_a_list():
@@ -149,10 +165,12 @@ def test_selections_must_fit():
     refuse(lambda: attention(Q, K, V, selection=three), "`selection`", "batch 1 or 2", "batch 3")
     tokens = Selection((Tokens(torch.zeros(2, 3, 6, 2, dtype=torch.int64), 10),))
     refuse(lambda: attend(Q, K, V, tokens), "`selection`", "heads 3")
+    refuse(lambda: attend(Q, K, V, None), "`selection`", "a Selection", "NoneType", "report.selection", kind=TypeError)
     assert isinstance(wrong.blocks, Blocks)
 
 
 def test_geometries_must_fit():
+    refuse(lambda: attention(Q, K, V, TopBlocks(1), geometry="x"), "`geometry`", "Geometry", "str", "build", kind=TypeError)
     short = geometry.build(K[:, :, :9], 16, TopBlocks(1).statistics)
     refuse(lambda: attention(Q, K, V, TopBlocks(1), geometry=short), "`geometry`", "(2, 2, 10, 16)", "(2, 2, 9, 16)", "append")
     poor = geometry.build(K, 16)
@@ -171,7 +189,7 @@ BAD_POLICIES = {
     "error of 0": (lambda: policies.Certified(0.0), ValueError, ("`error`", "between 0 and 1", "Dense()")),
     "error of 1": (lambda: policies.Certified(1.0), ValueError, ("`error`", "between 0 and 1")),
     "error above 1": (lambda: policies.Certified(2.0), ValueError, ("`error`", "[0, 1]", "2.0")),
-    "no blocks": (lambda: policies.TopBlocks(0), ValueError, ("`blocks`", "at least 1", "0")),
+    "no blocks": (lambda: policies.TopBlocks(0), ValueError, ("`k`", "at least 1", "0")),
     "nine bits": (lambda: policies.TopBlocks(4, bits=9), ValueError, ("`bits`", "1..8", "9", "try 4")),
     "0 bits": (lambda: scores.KeySketch(0), ValueError, ("`bits`", "1..8")),
     "4-bit queries": (lambda: scores.KeySketch(4, query_bits=4), ValueError, ("`query_bits`", "None or 8", "4")),
@@ -256,7 +274,7 @@ def test_values_of_a_wrong_kind():
     said = done.stdout.splitlines()
     words = [
         ("`threshold`", "'high'"),
-        ("`blocks`", "2.5"),
+        ("`k`", "2.5"),
         ("`mass`", "7"),
         ("`error`", "True"),
         ("`bits`", "'4'"),
@@ -271,8 +289,17 @@ def test_values_of_a_wrong_kind():
 def test_unknown_keywords_of_a_policy():
     with pytest.raises(TypeError, match="unexpected keyword argument 'blocks'"):
         policies.TopBlocks(blocks=3)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'q'"):
-        policies.parse("top_blocks(q=3)")
+    said = (
+        "`policy`",
+        "top_blocks",
+        "k, bits, sinks, window, query_stride",
+        "'top_blocks(q=3)'",
+        "unexpected keyword argument 'q'",
+    )
+    refuse(lambda: policies.parse("top_blocks(q=3)"), *said, kind=TypeError)
+    refuse(lambda: policies.parse("quest(1, 2, 3)"), "`policy`", "quest", "too many positional", kind=TypeError)
+    refuse(lambda: policies.parse("Policy(KeySketch, TopK)"), "`policy`", "TopK", "(blocks)", "missing", kind=TypeError)
+    refuse(lambda: policies.parse(None), "`policy`", "text", "NoneType", "adaptive", kind=TypeError)
 
 
 BAD_AETHER = {
@@ -283,7 +310,21 @@ BAD_AETHER = {
     ),
     "NaN threshold": (lambda q, k, v: aether_attention(q, k, v, math.nan), ("`threshold`", "nan")),
     "no block": (lambda q, k, v: aether_attention(q, k, v, block_size=0), ("`block_size`", "0", "48 or 64")),
-    "dropout": (lambda q, k, v: aether_attention(q, k, v, p=0.5), ("`dropout`", "0.5")),
+    "dropout": (lambda q, k, v: aether_attention(q, k, v, p=0.5), ("`p`", "must be 0", "0.5", "model.eval()")),
+    "a boolean bias": (
+        lambda q, k, v: aether_attention(q, k, v, attn_bias=torch.ones(8, 8, dtype=torch.bool)),
+        ("`attn_bias`", "floating", "torch.bool", "mask="),
+    ),
+    "a bias of another shape": (
+        lambda q, k, v: aether_attention(q, k, v, attn_bias=torch.zeros(3, 2, 8, 8)),
+        ("`attn_bias`", "[1, 2, 8, 8]", "(3, 2, 8, 8)", "length 1"),
+    ),
+    "a bias of another shape, grouped": (
+        lambda q, k, v: aether_attention(*(x[:, :, None] for x in (q, k, v)), attn_bias=torch.zeros(1, 3, 2, 8, 8)),
+        ("`attn_bias`", "[1, 1, 2, 8, 8]", "(1, 3, 2, 8, 8)"),
+    ),
+    "geometry, integers": (lambda q, k, v: aether.compute_block_geometry(k.long()), ("`k`", "floating", "int64", "cast")),
+    "metadata, integers": (lambda q, k, v: aether.precompute_metadata(k.long()), ("`keys`", "floating", "int64", "cast")),
     "other heads": (lambda q, k, v: aether_attention(q, k[:, :, :1].expand(-1, -1, 3, -1), v), ("heads", "2")),
     "other groups": (
         lambda q, k, v: aether_attention(q[:, :, None], k[:, :, :1, None], v[:, :, None]),
@@ -322,6 +363,22 @@ def test_an_unknown_attn_bias_is_refused_by_name():
     )
 
 
+def test_block_diagonal_biases_belong_to_one_packed_batch():
+    q = torch.randn(2, 8, 2, 4)
+    packed = type("BlockDiagonalMask", (), {})()
+    said = ("`attn_bias`", "batch of 1", "BlockDiagonalMask with batch 2", "pack")
+    refuse(lambda: aether_attention(q, q, q, attn_bias=packed), *said)
+
+
+@pytest.mark.parametrize("wrong", [None, [[1.0]], np.ones((1, 8, 2, 4), np.float32)])
+def test_the_published_functions_name_what_is_no_array(wrong):
+    q = torch.randn(1, 8, 2, 4)
+    refuse(lambda: aether_attention(q, wrong, q), "`key`", "tensor", type(wrong).__name__, kind=TypeError)
+    if not isinstance(wrong, np.ndarray):
+        refuse(lambda: aether.compute_block_geometry(wrong), "`k`", "array", type(wrong).__name__, kind=TypeError)
+        refuse(lambda: aether.precompute_metadata(wrong), "`keys`", "array", type(wrong).__name__, kind=TypeError)
+
+
 def test_bad_gates():
     query, keys = torch.randn(1, 2, 4), torch.randn(1, 2, 20, 4)
     means, radii, variances, concentrations = aether.precompute_metadata(keys, 8, True, True)
@@ -340,6 +397,16 @@ def test_bad_gates():
     refuse(lambda: run(query, means, radii, threshold=math.nan), "`threshold`", "nan")
     refuse(lambda: run(query, means, radii, local_window=-1), "`local_window`", "-1")
     refuse(lambda: run(query, means, radii, target_sparsity=1.5), "`target_sparsity`", "[0, 1]", "1.5")
+    refuse(lambda: run(query, means, radii, variances[..., :1], use_variance=True), "`block_variances`", "(1, 2, 3)", "(1, 2, 1)")
+    refuse(
+        lambda: run(query, means, radii, None, concentrations[:, :1], use_concentration=True),
+        "`block_concentrations`",
+        "(1, 2, 3)",
+        "(1, 1, 3)",
+    )
+    for scale in (math.nan, 0.0, "auto"):
+        refuse(lambda scale=scale: run(query, means, radii, scale=scale), "`scale`", "positive", repr(scale))
+    refuse(lambda: run(query.long(), means, radii), "`query`", "floating", "int64")
     refuse(lambda: run(query, means, radii, recency="x"), "`recency`", "'x'")
     refuse(lambda: run(query, means, radii, recency_decay=2.0), "`recency_decay`", "2.0")
     assert variances.shape == concentrations.shape == (1, 2, 3)

@@ -135,6 +135,18 @@ def test_the_demo_prompt_is_long_real_and_held_out():
     assert source.partition(" ")[0] in HELD_OUT
 
 
+def test_the_version_is_the_packages():
+    assert sieve("--version").stdout == f"{__version__}\n"
+
+
+def test_a_prompt_and_its_continuation_fit_the_models_context(folder):
+    told = sieve("compare", "--prompt", "a" * 4090, "--max-tokens", 7, "--model", folder)
+    assert told.exit_code == 2
+    assert told.stderr.startswith(
+        "sieve: `prompt` must leave room for 7 new tokens in the model's context of 4,096; got 4,090 tok"
+    )
+
+
 def test_help_needs_no_framework():
     code = "import sys, sieve_attn.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -160,6 +172,17 @@ def test_help_needs_no_framework():
         ),
         (["compare", "--prompt", ""], "`prompt` must not be empty"),
         (["compare", "--prompt-file", "/no/such/file"], "`prompt-file` must be a readable UTF-8 text"),
+        (
+            ["compare", "--prompt", "xyz", "--policy", "top_blocks(q=3)"],
+            "`policy` must call top_blocks with what it takes (k, bits",
+        ),
+        (["compare", "--prompt", "xyz", "--html", "/no/such/folder/x.html"], "`html` must be a file in a folder that exists"),
+        (["inspect", "--prompt", "xyz", "--output", "/"], "`output` must be a file in a folder that exists"),
+        (
+            ["compare", "--prompt", "xyz", "--seed", 2**64],
+            "`seed` must be an integer of at most 64 bits; got 18446744073709551616",
+        ),
+        (["generate", "--prompt", "xyz", "--backend", "abacus"], "`backend` must be 'auto' or one of"),
         (["compare", "--prompt", "x"], "`prompt` must have at least 2 tokens"),
         (["inspect", "--prompt", "xyz", "--max-tokens", 0], "`max_tokens` must be an integer of at least 1; got 0"),
     ],

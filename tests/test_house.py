@@ -142,6 +142,20 @@ def test_the_stub_names_what_the_package_offers():
     assert named == set(sieve_attn.__all__)
 
 
+DOORS = [
+    sieve_attn.attention, sieve_attn.attend, sieve_attn.aether_attention, sieve_attn.AetherAttention,
+    *(getattr(sieve_attn.aether, n) for n in ("compute_block_geometry", "precompute_metadata", "run_aether_sparse")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+def test_a_door_says_what_it_takes_gives_and_refuses(door):
+    told = inspect.getdoc(door)
+    for what in ("``", "[batch", "Raises", "Source:"):
+        assert what in told, what
+    assert "::" in told or "is dense attention" in told, "no dense equivalent"
+
+
 @pytest.mark.parametrize(
     ("folder", "table", "kinds"),
     [
@@ -208,6 +222,38 @@ def test_files_stay_short_and_say_what_they_are(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 500
     assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+
+
+USE_OF_THE_DOCUMENTED_SCORER = """
+import numpy as np, sieve_attn
+from sieve_attn import policies, scores
+policy = policies.parse("Policy(Peak(), TopK(2))")
+assert policies.parse(policy.text) == policy
+assert isinstance(policy.scorer, scores.TABLE["peak"]) and "peak" in scores.TABLE
+x = np.random.default_rng(0).normal(size=(1, 2, 150, 8))
+out, report = sieve_attn.attention(x, x, x, policy, causal=True, return_report=True)
+assert 0 < report.density < 1, report.density
+try:
+    policies.parse("Policy(Peek(), TopK(2))")
+except ValueError as refused:
+    print("Peak" in str(refused))
+"""
+
+
+def test_another_packages_scorer_works_as_the_documentation_says(tmp_path):
+    page = (SOURCE.parent.parent / "docs" / "architecture.md").read_text()
+    imports = (
+        "from dataclasses import dataclass\nfrom typing import Any as Array\n"
+        "from sieve_attn.scores import Heuristic\n"
+        "from sieve_attn.scores.base import centre_logits, per_query_head, query_norm\n"
+        "from sieve_attn.types import Geometry, Rows, Statistics\n"
+    )
+    (tmp_path / "mine.py").write_text(imports + page.partition("```python\n")[2].partition("```")[0])
+    folder = tmp_path / "mine-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[sieve_attn.scores]\npeak = mine:Peak\n")
+    assert python(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{USE_OF_THE_DOCUMENTED_SCORER}") == ["True"]
 
 
 def test_a_missing_framework_is_named_with_its_remedy():

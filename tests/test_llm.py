@@ -92,6 +92,13 @@ def test_text_is_cut_before_the_stop_string(llm):
     assert cut.finish_reason == "stop"
 
 
+def test_a_full_context_ends_generation(llm, monkeypatch):
+    monkeypatch.setattr(llm.model.config, "max_position_embeddings", 20)
+    longer, shorter = llm.generate(["a" * 18, "b" * 5], max_tokens=9)
+    assert (len(longer.tokens), longer.finish_reason) == (2, "length")
+    assert shorter.tokens == llm.generate("b" * 5, max_tokens=9).tokens
+
+
 def test_the_end_of_the_text_ends_generation(llm, monkeypatch):
     first = llm.generate(PROMPTS[0], max_tokens=1).tokens[0]
     monkeypatch.setattr(llm.model.generation_config, "eos_token_id", first)
@@ -174,6 +181,14 @@ def test_configuration_errors_name_field_rule_value_and_remedy(fields, kind, sai
         ({"temperature": -1}, ValueError, r"`temperature` must be a finite number, 0 or more; got -1"),
         ({"top_p": 0}, ValueError, r"`top_p` must lie in \(0, 1\]; got 0"),
         ({"stop": [""]}, ValueError, r"`stop` must be a string or several, none empty; got \[''\]"),
+        (
+            {"prompts": "a" * 4096},
+            ValueError,
+            r"`prompts` must be shorter than the model's context of 4,096 tokens; got 4,096 tok",
+        ),
+        ({"seed": 2**64}, ValueError, r"`seed` must be an integer of at most 64 bits; got 18446744073709551616"),
+        ({"seed": "a"}, ValueError, r"`seed` must be an integer of at most 64 bits; got 'a'"),
+        ({"stop": 3}, ValueError, r"`stop` must be a string or several, none empty; got 3"),
         ({"seed": [1, 2]}, ValueError, r"`seed` must be one integer or 1, one a prompt; got \[1, 2\]; try seed=0"),
     ],
 )
@@ -195,6 +210,8 @@ def test_unreadable_models_and_wrong_types_are_refused(tmp_path):
         LLM(sparse_attention_config=0.5)
     with pytest.raises(ValueError, match=r"`dtype` must be one of float32, .*; got 'int3'; leave it out"):
         LLM(dtype="int3")
+    with pytest.raises(ValueError, match=r"`backend` must be 'auto' or one of triton, native, reference; got 'abacus'"):
+        LLM(backend="abacus")
     with pytest.raises(ValueError, match=r"`tokenizer` must be given with a model that was not loaded from a path"):
         LLM(tiny_model())
     with pytest.raises(TypeError, match=r"`tokenizer` must be a Hugging Face tokenizer or a path; got int"):

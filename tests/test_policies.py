@@ -1,13 +1,15 @@
 """Presets, text and back, and what the report says."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sieve_attn import attention, policies, scores
+from sieve_attn import attention, policies, registry, scores
 from sieve_attn.patterns import Sinks, Window
 from sieve_attn.policies import Adaptive, Aether, Certified, Dense, EventRadar, Policy, Quest, TopBlocks, Windowed, parse
 from sieve_attn.scores import Bennett, Box, Euclidean, KeySketch, Tightest
@@ -37,6 +39,15 @@ def test_every_number_reads_back(level, k, share):
         assert parse(repr(policy)) == policy
 
 
+def test_reading_a_policy_asks_nobody_what_is_installed(monkeypatch):
+    """Operators get the text at every call, and going through all installed packages takes longer than attention."""
+    monkeypatch.setattr(registry, "entry_points", None)
+    for policy in EVERY:
+        policies._read.cache_clear()
+        assert parse(policy.text) == policy
+        assert parse(policy.text) is parse(policy.text)
+
+
 @pytest.mark.parametrize("name", policies.PRESETS)
 def test_presets_run_by_name(name):
     q, k, v = gaussian(1, Shape(1, 4, 2, 20, 100, 8, 4))
@@ -44,6 +55,33 @@ def test_presets_run_by_name(name):
     assert out.shape == (1, 4, 20, 4)
     assert 0 < report.density <= 1
     assert parse(report.policy) == parse(name)
+
+
+NUMPY_NUMBERS = """
+import numpy as np
+from sieve_attn import policies as P, scores as S, selection as L
+number, count = np.float64(0.5), np.int64(4)
+for made, plain in (
+    (P.Aether(np.float32(0.5), count), P.Aether(0.5, 4)), (P.Certified(number), P.Certified(0.5)),
+    (P.TopBlocks(count, bits=count, sinks=count), P.TopBlocks(4, bits=4, sinks=4)), (P.Windowed(count, count), P.Windowed(4, 4)),
+    (P.EventRadar(target_sparsity=number, sink_blocks=count), P.EventRadar(target_sparsity=0.5, sink_blocks=4)),
+    (P.Policy(S.SubMeans(count), L.TopK(count), dense_above=number), P.Policy(S.SubMeans(4), L.TopK(4), dense_above=0.5)),
+):
+    assert made == plain == P.parse(made.text) and made.text == repr(made) == repr(plain), made.text
+"""
+
+
+def test_numbers_of_numpy_are_numbers():
+    # a sweep over np.linspace is the common case; in a process of its own, since the type checker would speak first here
+    done = subprocess.run([sys.executable, "-c", NUMPY_NUMBERS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_presets_name_their_own_arguments():
+    for text, argument in (("top_blocks(k=0)", "k"), ("event_radar(local_window=-1)", "local_window"),
+                           ("event_radar(sink_blocks=-1)", "sink_blocks")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"^`{argument}` must be an integer.*got (0|-1);"):
+            policies.parse(text)
 
 
 def test_presets_are_just_such_lines():

@@ -15,6 +15,8 @@ Array = Any
 
 
 def _rank(name: str, x: Array, axes: str) -> None:
+    checks.given_array(name, x)
+    checks.floating(name, x)
     count = axes.count(",") + 1
     if len(x.shape) != count or 0 in tuple(x.shape):
         raise checks.error(name, f"must be a non-empty {axes} array", f"shape {tuple(x.shape)}", "add or drop axes with reshape")
@@ -24,7 +26,12 @@ def compute_block_geometry(k: Array, block_size: int = 64) -> tuple[Array, Array
     """``(centroids [batch, blocks, heads, head_dim], radii [batch, blocks, heads])`` of keys [batch, len, heads, head_dim].
 
     ``mu`` = mean of the raw keys of a block, ``r = max ||k - mu||``, both fp32 whatever the key dtype, ``r`` rounded outward.
-    The last block may be ragged: it counts the keys it has. Raises ValueError for other ranks or block sizes.
+    The last block may be ragged: it counts the keys it has. Raises ValueError for other ranks, dtypes that are not floating and
+    block sizes below 1, TypeError for what is no array. Source: the AETHER operator proposed to xFormers. A whole block is::
+
+        block = k[:, b * block_size : (b + 1) * block_size].float()
+        centroid = block.mean(1)
+        radius = (block - centroid[:, None]).norm(dim=-1).amax(1)
     """
     _rank("k", k, "[batch, len, heads, head_dim]")
     block_size = checks.positive_int("block_size", block_size, "try 48 or 64")
@@ -52,6 +59,14 @@ def precompute_metadata(
     ``means mu^ = normalize(mean k^)`` [batch, heads, blocks, head_dim]; ``radii = max d`` with ``d = ||k^ - mu^||``;
     ``variances = mean d^2`` and ``concentrations = clamp(mean k^.mu^, 0.1, 1)``, [batch, heads, blocks] or None unless asked.
     fp32. (``variance == 2 - 2 * mean alignment``: one statistic in two forms.)
+
+    Raises ValueError for other ranks, dtypes that are not floating and block sizes below 1, TypeError for what is no array.
+    Source: AETHER's TensorRT-LLM form. A whole block is::
+
+        unit = normalize(keys[:, :, b * block_size : (b + 1) * block_size].float(), dim=-1)
+        mean = normalize(unit.mean(2), dim=-1)
+        distance = (unit - mean[:, :, None]).norm(dim=-1)
+        radius, variance = distance.amax(-1), distance.square().mean(-1)
     """
     _rank("keys", keys, "[batch, heads, len, head_dim]")
     block_size = checks.positive_int("block_size", block_size, "try 48 or 64")
@@ -96,7 +111,13 @@ def run_aether_sparse(
     ``s + log(recency_decay) * age``; ``recency="legacy"`` is the published factor, which favours the oldest block.
 
     A heuristic: normalised means against raw queries bound nothing, so no certificate ever rests on it. query [batch,
-    heads, head_dim]; the rest as :func:`precompute_metadata` returns it. Raises ValueError if a flag's statistic is missing.
+    heads, head_dim]; the rest as :func:`precompute_metadata` returns it. ``scale`` defaults to ``head_dim ** -0.5``.
+
+    Raises ValueError if a flag's statistic is missing, for shapes that do not fit and for values out of range, TypeError for
+    what is no array. Source: AETHER's TensorRT-LLM form. Without flags it equals::
+
+        scores = scale * ((query[:, :, None] * means).sum(-1) + query.norm(dim=-1)[..., None] * radii)
+        mask = scores > threshold
     """
     _rank("query", query, "[batch, heads, head_dim]")
     _rank("means", means, "[batch, heads, blocks, head_dim]")
@@ -107,34 +128,34 @@ def run_aether_sparse(
             f"shapes {tuple(means.shape)} and {tuple(radii.shape)}",
             "pass what precompute_metadata returned",
         )
-    if use_variance and block_variances is None:
-        raise checks.error(
-            "block_variances",
-            "must be given with use_variance=True",
-            "None",
-            "compute it with precompute_metadata(compute_variance=True)",
-        )
-    if use_concentration and block_concentrations is None:
-        raise checks.error(
-            "block_concentrations",
-            "must be given with use_concentration=True",
-            "None",
-            "compute it with precompute_metadata(compute_concentration=True)",
-        )
+    variances = _statistic("variance", block_variances, radii) if use_variance else None
+    concentrations = _statistic("concentration", block_concentrations, radii) if use_concentration else None
+    xp = arrays.namespace(query, means, radii, variances, concentrations)
     checks.threshold("threshold", threshold)
     checks.positive_int("local_window", local_window, "use 0 for none", least=0)
     check_recency(recency, recency_decay)
     if target_sparsity is not None:
         checks.share("target_sparsity", target_sparsity, "0.8 drops 80 % of the blocks")
-    scale = 1.0 / math.sqrt(query.shape[2]) if scale is None else scale
-    options = (float(threshold), scale, is_causal, local_window, recency_decay, target_sparsity, recency)
-    variances = block_variances if use_variance else None
-    concentrations = block_concentrations if use_concentration else None
-    if arrays.namespace(query).name == "torch":
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[2])
+    checks.positive("scale", scale, "fold a sign into the query")
+    options = (float(threshold), float(scale), is_causal, local_window, recency_decay, target_sparsity, recency)
+    if xp.name == "torch":
         from sieve_attn.layers.operators import aether_gate
 
         return aether_gate(query, means, radii, variances, concentrations, *options)
     return gate(query, means, radii, variances, concentrations, *options)
+
+
+def _statistic(kind: str, given: Array | None, radii: Array) -> Array:
+    """A block statistic that a flag of ``run_aether_sparse`` needs."""
+    name, remedy = f"block_{kind}s", f"compute it with precompute_metadata(compute_{kind}=True)"
+    if given is None:
+        raise checks.error(name, f"must be given with use_{kind}=True", "None", remedy)
+    checks.given_array(name, given)
+    if tuple(given.shape) != tuple(radii.shape):
+        raise checks.error(name, f"must have the shape of `radii`, {tuple(radii.shape)}", f"shape {tuple(given.shape)}", remedy)
+    return given
 
 
 def gate(

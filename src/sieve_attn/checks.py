@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from sieve_attn import arrays
 
 Array = Any
+
+NUMBER = (int, float, np.integer, np.floating)
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def error(argument: str, rule: str, value: Any, remedy: str, kind: type[Exception] = ValueError) -> Exception:
@@ -29,9 +34,16 @@ def positive_int(argument: str, value: Any, remedy: str, *, least: int = 1) -> i
     return number
 
 
+def seed(argument: str, value: Any) -> int:
+    """What torch's generators take: 64 bits, signed or not."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not -(2**63) <= int(value) < 2**64:
+        raise error(argument, "must be an integer of at most 64 bits", repr(value), "try 0")
+    return int(value)
+
+
 def share(argument: str, value: Any, remedy: str, *, open_right: bool = False) -> float:
     """A number in [0, 1], or in [0, 1) with ``open_right``."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    good = isinstance(value, NUMBER) and not isinstance(value, bool)
     if not (good and value >= 0 and (value < 1 if open_right else value <= 1)):
         raise error(argument, f"must lie in [0, 1{')' if open_right else ']'}", repr(value), remedy)
     return float(value)
@@ -39,9 +51,45 @@ def share(argument: str, value: Any, remedy: str, *, open_right: bool = False) -
 
 def threshold(argument: str, value: Any) -> float:
     """A real number; infinities are thresholds too, NaN is not."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or math.isnan(value):
+    if not isinstance(value, NUMBER) or isinstance(value, bool) or math.isnan(value):
         raise error(argument, "must be a number and not NaN", repr(value), "use float('-inf') to keep everything")
     return float(value)
+
+
+def positive(argument: str, value: Any, remedy: str, *, instead: str = "") -> None:
+    """A positive finite number; ``instead`` says what else is allowed."""
+    if not isinstance(value, NUMBER) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+        raise error(argument, f"must be a positive finite number{instead}", repr(value), remedy)
+
+
+def given_array(argument: str, x: Any) -> None:
+    """An array of some framework: what has no shape or dtype is refused before anything asks for them."""
+    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+        raise error(argument, "must be an array", type(x).__name__, "pass a tensor or a NumPy array", TypeError)
+
+
+def floating(argument: str, x: Array) -> None:
+    if str(x.dtype).rpartition(".")[2] not in FLOATS:
+        raise error(argument, "must be of a floating dtype (fp16, bf16, fp32, fp64)", f"dtype {x.dtype}", "cast it first")
+
+
+def _beside(argument: str, x: Any, query: Array, xp: Any) -> None:
+    """An optional array comes from the framework and lies on the device of ``query``."""
+    given_array(argument, x)
+    if xp.name == "jax":
+        return  # takes NumPy arrays as its own
+    if xp.name not in {base.__module__.partition(".")[0] for base in type(x).__mro__}:
+        raise error(argument, f"must be an array of {xp.name}, as `query` is", type(x).__name__, "convert it first", TypeError)
+    _one_device(argument, x, query, xp)
+
+
+def _one_device(argument: str, x: Array, query: Array, xp: Any) -> None:
+    if xp.name != "torch":
+        return
+    if x.device.type == "meta":
+        raise error(argument, "must hold values: what is kept depends on them", "a tensor on device meta", "move it to a device")
+    if x.device != query.device:
+        raise error(argument, f"must lie on the device of `query`, {query.device}", x.device, "move it with `.to(query.device)`")
 
 
 def shape_of(x: Array) -> tuple[int, ...]:
@@ -58,8 +106,8 @@ def qkv(query: Array, key: Array, value: Array, *, xp: Any) -> None:
                 f"shape {shape_of(x)}",
                 "add the missing axes with reshape or unsqueeze",
             )
-        if not xp.is_float(x):
-            raise error(name, "must be of a floating dtype (fp16, bf16, fp32, fp64)", f"dtype {x.dtype}", "cast it first")
+        floating(name, x)
+        _one_device(name, x, query, xp)
     if not query.dtype == key.dtype == value.dtype:
         raise error(
             "query, key, value",
@@ -128,10 +176,13 @@ def attention_options(
         raise error(
             "dropout", "must be 0: a certificate has no meaning under dropout", repr(dropout), "drop it, or call model.eval()"
         )
-    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
-        raise error("scale", "must be a positive finite number", repr(scale), "fold a sign into the query")
-    if softcap is not None and not (isinstance(softcap, (int, float)) and math.isfinite(softcap) and softcap > 0):
-        raise error("softcap", "must be a positive finite number or None", repr(softcap), "pass None for no cap")
+    if scale is not None:
+        positive("scale", scale, "fold a sign into the query")
+    if softcap is not None:
+        positive("softcap", softcap, "pass None for no cap", instead=" or None")
+    for name, x in (("mask", mask), ("key_mask", key_mask), ("bias", bias), ("sink", sink)):
+        if x is not None:
+            _beside(name, x, query, xp)
     if mask is not None:
         allowed = [(batch, 1), (q_heads, 1), (q_len,), (kv_len,)]
         if mask.dtype != xp.boolean:
@@ -163,7 +214,7 @@ def attention_options(
                 "add axes of length 1 where it does not vary",
             )
     if cu_seqlens is not None:
-        edges = [int(n) for n in cu_seqlens]
+        edges = _edges(cu_seqlens)
         if batch != 1 or q_len != kv_len or not edges or edges[0] != 0 or edges[-1] != kv_len or edges != sorted(set(edges)):
             raise error(
                 "cu_seqlens",
@@ -179,7 +230,20 @@ def attention_options(
         positive_int("window", window, "pass None for no window")
 
 
+def _edges(cu_seqlens: Any) -> list[int]:
+    """The edges as Python integers, from an integer array of one axis or a sequence of integers."""
+    shaped = hasattr(cu_seqlens, "shape")
+    good = len(cu_seqlens.shape) == 1 and "int" in str(cu_seqlens.dtype) if shaped else isinstance(cu_seqlens, (list, tuple))
+    if not good or not (shaped or all(hasattr(n, "__index__") for n in cu_seqlens)):
+        got = f"{cu_seqlens.dtype} of shape {shape_of(cu_seqlens)}" if shaped else repr(cu_seqlens)
+        raise error("cu_seqlens", "must be integers along one axis", got, "pass the cumulative lengths, for example [0, 5, 12]")
+    return [int(n) for n in cu_seqlens]
+
+
 def selection_fits(selection: Any, query: Array, key: Array) -> None:
+    if not all(hasattr(selection, name) for name in ("q_len", "kv_len", "parts")):
+        raise error("selection", "must be a Selection", type(selection).__name__, "take it from `report.selection`, or from "
+                    "a pattern's `selection(q_len, kv_len)`", TypeError)  # fmt: skip
     lengths = (int(query.shape[2]), int(key.shape[2]))
     if (selection.q_len, selection.kv_len) != lengths:
         raise error(
@@ -201,6 +265,8 @@ def selection_fits(selection: Any, query: Array, key: Array) -> None:
 
 
 def geometry_fits(geometry: Any, key: Array, key_mask: Array | None, block_size: int, asked: Any) -> None:
+    if not all(hasattr(geometry, name) for name in ("count", "kv_len", "statistics")):
+        raise error("geometry", "must be a Geometry", type(geometry).__name__, "make it with geometry.build", TypeError)
     held = (geometry.count.shape[0], geometry.count.shape[1], geometry.kv_len, geometry.block_size)
     wanted = (int(key.shape[0]), int(key.shape[1]), int(key.shape[2]), block_size)
     if held != wanted:

@@ -47,10 +47,15 @@ def module(name: str) -> ModuleType:
     return import_module(f"sieve_attn.attend.{name}")
 
 
-def choose(backend: str, request: Request) -> tuple[str, str]:
-    """``(name, why)`` of the backend to use."""
+def known(backend: str) -> None:
+    """Raises ValueError for a name that is none of a backend."""
     if backend != "auto" and backend not in ORDER:
         raise error("backend", f"must be 'auto' or one of {', '.join(ORDER)}", repr(backend), "use 'auto'")
+
+
+def choose(backend: str, request: Request) -> tuple[str, str]:
+    """``(name, why)`` of the backend to use."""
+    known(backend)
     if backend != "auto":
         reasons = why_not(backend, replace(request, named=True))
         if reasons:

@@ -64,9 +64,13 @@ def attention(
     A ready ``geometry`` or ``selection`` skips the stages before it.
 
     Returns the output [batch, q_heads, q_len, v_dim], then ``lse`` [batch, q_heads, q_len] with ``return_lse`` and a
-    :class:`~sieve_attn.types.Report` with ``return_report``. Raises ValueError (or TypeError) before any work.
+    :class:`~sieve_attn.types.Report` with ``return_report``. A query that sees no key gets zeros and ``lse = -inf``.
 
-    With ``policy=None`` it equals::
+    Raises ValueError before any work for shapes, dtypes, devices and values that do not fit, TypeError for what is no array
+    or no policy; the message names the argument, the rule, the value and a remedy. Source: the pipeline is this library's;
+    each policy names its own.
+
+    With ``policy=None`` it equals, for as many queries as keys::
 
         torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
     """
@@ -157,7 +161,20 @@ def attend(
     window: int | None = None,
     backend: str = "auto",
 ) -> tuple[Array, Array]:
-    """The kernel stage alone: ``(output, lse)`` over the visible keys of ``selection``; see :func:`attention`."""
+    """The kernel stage alone: ``(output, lse)`` of ``softmax(cap(scale * q k^T) + bias) v`` over the visible keys of a selection.
+
+    Arrays and options as in :func:`attention`. ``selection`` is what a policy chose (``report.selection``) or a pattern
+    (``Window(64).selection(q_len, kv_len)``), made for these lengths. Returns the output [batch, q_heads, q_len, v_dim] in
+    the dtype of ``query`` and ``lse`` [batch, q_heads, q_len], the log of the kept mass, in fp32 (fp64 for fp64 inputs).
+    Differentiable in both; the kept set is a constant, so pairs that were dropped get exactly zero.
+
+    Raises ValueError for what :func:`attention` refuses and for selections of other lengths, batches or heads, TypeError for
+    what is no selection. Source: this library's own stage; FlashAttention's ``(output, lse)``. On one head it equals::
+
+        kept = selection.to_dense(query)[0, 0] & visible                        # [q_len, kv_len]
+        logits = (scale * query @ key.T + bias).masked_fill(~kept, -math.inf)
+        output, lse = logits.softmax(-1) @ value, logits.logsumexp(-1)
+    """
     options = {
         "causal": causal, "scale": scale, "mask": mask, "key_mask": key_mask, "bias": bias, "softcap": softcap,
         "cu_seqlens": cu_seqlens, "sink": sink, "window": window,

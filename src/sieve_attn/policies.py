@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
-from functools import cached_property
+import inspect
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
+
+import numpy as np
 
 from sieve_attn import patterns, scores, selection
 from sieve_attn.checks import error, positive_int, share
@@ -40,6 +43,8 @@ class Policy:
     bound: Bound | None = None
 
     def __post_init__(self):
+        for f in fields(self):
+            object.__setattr__(self, f.name, _plain(getattr(self, f.name)))
         # the compiler reads the text of a policy that was made outside of what it compiles
         object.__setattr__(self, "text", repr(self))
         kinds = (("scorer", Scorer), ("selector", Selector), ("keep", Pattern), ("bound", Bound))
@@ -94,6 +99,19 @@ class Policy:
         return self.scorer.prover if isinstance(self.scorer, Bound) else KeySketch(bits=8)
 
 
+def _plain(part: Any) -> Any:
+    """``part`` with Python's numbers in place of NumPy's: its repr is read back by :func:`parse`."""
+    if isinstance(part, np.generic):
+        return part.item()
+    if isinstance(part, tuple):
+        return tuple(_plain(p) for p in part)
+    if not is_dataclass(part):
+        return part
+    plain = {f.name: _plain(getattr(part, f.name)) for f in fields(part)}
+    changed = {name: value for name, value in plain.items() if value is not getattr(part, name)}
+    return replace(part, **changed) if changed else part
+
+
 FAR_FIELD_BOUND = Bennett()
 FAR_FIELD_STATISTICS = FAR_FIELD_BOUND.statistics | Statistics(value=True)
 
@@ -107,7 +125,7 @@ def Aether(threshold: float = 0.15, block_size: int = 64) -> Policy:
     """AETHER's Euclidean gate: keep a block iff ``max over the tile of scale * (q.mu + ||q|| r) > threshold``.
 
     No key whose scaled logit exceeds the threshold is dropped. Softmax does not change when logits shift, so that is no
-    statement about what the dropped keys weigh; for one use :func:`Certified`.
+    statement about what the dropped keys weigh; for one use :func:`Certified`. Source: AETHER's xFormers form.
     """
     return Policy(Euclidean(), Threshold(threshold), block_size=block_size, query_tile=block_size)
 
@@ -125,7 +143,12 @@ def EventRadar(
     recency: str = "additive",
     min_seq_length: int = 0,
 ) -> Policy:
-    """AETHER's Event Radar (a heuristic): windows and sinks are in blocks; ``target_sparsity`` replaces the threshold."""
+    """AETHER's Event Radar (a heuristic): windows and sinks are in blocks; ``target_sparsity`` replaces the threshold.
+
+    Source: AETHER's TensorRT-LLM form; :func:`sieve_attn.aether.run_aether_sparse` is its gate for one query.
+    """
+    positive_int("local_window", local_window, "in blocks; use 0 for none", least=0)
+    positive_int("sink_blocks", sink_blocks, "use 0 for none", least=0)
     selector = Threshold(threshold) if target_sparsity is None else TargetSparsity(target_sparsity)
     keep = _ends(sink_blocks * block_size, local_window * block_size)
     scorer = scores.EventRadar(use_variance, use_concentration, recency_decay, recency)
@@ -133,12 +156,13 @@ def EventRadar(
 
 
 def Quest(blocks: int = 64, block_size: int = 16) -> Policy:
-    """Quest: the ``blocks`` key blocks with the largest channel-wise (min/max) bound."""
+    """The ``blocks`` key blocks with the largest channel-wise (min/max) bound. Source: Quest (Tang et al., 2024)."""
     return Policy(Box(), TopK(blocks), block_size=block_size, query_stride=4)
 
 
 def TopBlocks(k: int = 64, *, bits: int = 4, sinks: int = 16, window: int = 64, query_stride: int = 4) -> Policy:
     """The ``k`` blocks of 16 keys that matter most by a ``bits``-bit copy of the keys, plus sinks and a window (in tokens)."""
+    positive_int("k", k, "keep at least one block")
     return Policy(KeySketch(bits, query_bits=8), TopK(k), _ends(sinks, window), query_stride=query_stride)
 
 
@@ -160,7 +184,10 @@ def Certified(error: float = 0.02, *, bits: int = 8, sinks: int = 16, window: in
 
 
 def Windowed(sinks: int = 16, window: int = 1024) -> Policy:
-    """The first ``sinks`` tokens and the last ``window`` tokens, exactly those: no scores at all."""
+    """The first ``sinks`` tokens and the last ``window`` tokens, exactly those: no scores at all.
+
+    Source: StreamingLLM (Xiao et al., 2023), which keeps positions as they are in the cache here.
+    """
     positive_int("window", window, "a query needs at least itself")
     return Policy(keep=_ends(sinks, window))
 
@@ -186,6 +213,14 @@ PRESETS = {
 
 def parse(text: str) -> Policy:
     """A policy from text: a preset such as ``top_blocks(k=32)`` or the ``repr`` of any policy. Nothing is evaluated."""
+    if not isinstance(text, str):
+        raise error("policy", "must be text to be read", type(text).__name__, "try 'adaptive(mass=0.99)'", TypeError)
+    return _read(text)
+
+
+@lru_cache(maxsize=256)
+def _read(text: str) -> Policy:
+    """Operators get the text of a policy at every call: it is read once."""
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
@@ -202,10 +237,10 @@ def _construct(node: ast.expr, text: str) -> Any:
         if any(k.arg is None for k in node.keywords):
             raise error("policy", "may hold plain keywords only", repr(text), "write the arguments out")
         named = {k.arg: _construct(k.value, text) for k in node.keywords}
-        return _maker(node.func.id)(*arguments, **named)
+        return _made(node.func.id, arguments, named, text)
     if isinstance(node, ast.Name):
         constants = {"inf": float("inf"), "nan": float("nan")}
-        return constants[node.id] if node.id in constants else _maker(node.id)()
+        return constants[node.id] if node.id in constants else _made(node.id, [], {}, text)
     if isinstance(node, ast.Tuple):
         return tuple(_construct(n, text) for n in node.elts)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -215,14 +250,26 @@ def _construct(node: ast.expr, text: str) -> Any:
     raise error("policy", "may hold names, calls, numbers and tuples only", repr(text), "try 'adaptive(mass=0.99)'")
 
 
+def _made(name: str, arguments: list, named: dict[str, Any], text: str) -> Any:
+    maker = _maker(name)
+    signature = inspect.signature(maker)
+    try:
+        signature.bind(*arguments, **named)
+    except TypeError as why:
+        known = ", ".join(signature.parameters) or "nothing"
+        raise error("policy", f"must call {name} with what it takes ({known})", repr(text), f"mend: {why}", TypeError) from None
+    return maker(*arguments, **named)
+
+
 def _maker(name: str) -> Any:
-    if name in PRESETS:
-        return PRESETS[name]
-    known = {"Policy": Policy, "Union": Union}
-    for table in (scores.TABLE, selection.TABLE, patterns.TABLE):
-        known |= table.classes()
-    if name not in known:
-        raise error(
-            "policy", f"must be made of known names: {', '.join([*PRESETS, *sorted(known)])}", repr(name), "check the spelling"
-        )
-    return known[name]
+    known = {**PRESETS, "Policy": Policy, "Union": Union}
+    if name in known:
+        return known[name]
+    tables = (scores.TABLE, selection.TABLE, patterns.TABLE)
+    # what other packages add is looked for last: asking who is installed takes long
+    ways = (look for kind in ("own_class", "foreign_class") for look in (getattr(table, kind) for table in tables))
+    found = next((cls for cls in (look(name) for look in ways) if cls is not None), None)
+    if found is None:
+        parts = sorted({"Policy", "Union", *(n for table in tables for n in table.class_names())})
+        raise error("policy", f"must be made of known names: {', '.join([*PRESETS, *parts])}", repr(name), "check the spelling")
+    return found

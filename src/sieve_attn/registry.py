@@ -29,6 +29,15 @@ class Table:
         module, _, attribute = place.partition(":")
         return getattr(import_module(module), attribute)
 
-    def classes(self) -> dict[str, type]:
-        """Every entry, loaded, under its class name."""
-        return {cls.__name__: cls for cls in (self[name] for name in self)}
+    def own_class(self, name: str) -> type | None:
+        """The entry of this package whose class has this name."""
+        entry = next((entry for entry, place in self.own.items() if place.rpartition(":")[2] == name), None)
+        return None if entry is None else self[entry]
+
+    def foreign_class(self, name: str) -> type | None:
+        """The entry of another package whose class has this name: each has to be loaded to know."""
+        foreign = (p.load() for p in entry_points(group=self.group) if p.name not in self.own)
+        return next((cls for cls in foreign if cls.__name__ == name), None)
+
+    def class_names(self) -> list[str]:
+        return sorted({self[name].__name__ for name in self})

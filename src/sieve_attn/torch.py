@@ -49,15 +49,18 @@ def aether_attention(
     """
     threshold = checks.threshold("threshold", threshold)
     block_size = checks.positive_int("block_size", block_size, "try 48 or 64")
+    if p:
+        raise checks.error("p", "must be 0: a kept set has no meaning under dropout", repr(p), "drop it, or call model.eval()")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise checks.error(name, "must be a tensor", type(x).__name__, "`attention` takes NumPy arrays", TypeError)
     q, k, v, restore = _from_xformers(query, key, value)
-    extra = read_attn_bias(attn_bias, q, k)
+    extra = read_attn_bias(attn_bias, q, k, tuple(query.shape[2:4]) if query.ndim == 5 else None)
     bias = extra.pop("bias")
-    if bias is not None and query.ndim == 5 and bias.ndim == 5:
-        bias = bias.flatten(1, 2)
     # the policy goes by its text, so that the same line works inside torch.compile
     policy = f"aether(threshold={threshold!r}, block_size={block_size})"
     causal = extra.pop("causal") or causal
-    out, _ = run(q, k, v, policy, causal=causal, scale=scale, bias=bias, dropout=p, **extra)
+    out, _ = run(q, k, v, policy, causal=causal, scale=scale, bias=bias, **extra)
     return restore(out)
 
 

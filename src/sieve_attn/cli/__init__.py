@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from sieve_attn.cli import bench, compare, doctor, generate
@@ -10,6 +12,23 @@ app = typer.Typer(
     help="Sparse attention that says how much it skipped.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False,
 )  # fmt: skip
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from sieve_attn import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def about(
+    version: Annotated[bool, typer.Option("--version", help="Print it and stop.", callback=_say_version, is_eager=True)] = False,
+) -> None:
+    """Sparse attention that says how much it skipped."""
+
+
 app.command("generate")(generate.generate)
 app.command("compare")(compare.compare)
 app.command("inspect")(compare.inspect)

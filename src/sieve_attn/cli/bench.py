@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from sieve_attn.checks import error
 from sieve_attn.cli import options as o
 
 RUN, SWEEP = "run", "--sparsity-sweep"
@@ -79,7 +78,8 @@ def run(
         )  # fmt: skip
         if listing:
             return _list(settings)
-        _check_target(json, markdown)
+        o.check_target("json", json)
+        o.check_target("markdown", None if markdown in (None, "-") else Path(markdown))
         from sieve_attn.bench import results, table
         from sieve_attn.bench.driver import run as measure
 
@@ -136,7 +136,8 @@ def aether(
 ) -> None:  # fmt: skip
     """The published benchmark: one query per (batch, head) against a cache; time, sparsity and quality apart."""
     with o.user_errors():
-        _check_target(json, None if export_csv is None else str(export_csv))
+        o.check_target("json", json)
+        o.check_target("export-csv", export_csv)
         o.set_threads(threads)
         from sieve_attn.bench.aether import show
         from sieve_attn.bench.aether.cases import Options
@@ -165,13 +166,6 @@ def aether(
 
 def _given(values: list | None) -> tuple | None:
     return tuple(dict.fromkeys(values)) if values else None
-
-
-def _check_target(json: Path | None, other: str | None) -> None:
-    """Paths that cannot be written are told before the run, not after it."""
-    for name, path in (("json", json), ("path", None if other in (None, "-") else Path(other))):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise error(name, "must be a file in a folder that exists", repr(str(path)), "make the folder first")
 
 
 def _machine() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sieve_attn import checks
 from sieve_attn.cli import options as o
 
 Demo = Annotated[bool, typer.Option("--demo", help="The embedded model on 16,000 bytes of source that it was not trained on.")]
@@ -27,6 +28,7 @@ def compare(
     aether = {"block_size": block_size, "threshold": threshold, "local_window": local_window, "target_sparsity": target_sparsity}
     with o.user_errors():
         chosen = o.read_policy(policy, max_error, **aether)
+        o.check_target("html", html)
         found = _run(prompt, prompt_file, demo, model, max_tokens, chosen, seed, not json, dtype, threads, backend)
         written = _write(found, html)
     if json:
@@ -50,6 +52,7 @@ def inspect(
     aether = {"block_size": block_size, "threshold": threshold, "local_window": local_window, "target_sparsity": target_sparsity}
     with o.user_errors():
         chosen = o.read_policy(policy, max_error, **aether)
+        o.check_target("output", output)
         found = _run(prompt, prompt_file, demo, model, max_tokens, chosen, seed, not json, dtype, threads, backend)
         written = _write(found, output)
     typer.echo(json_module.dumps({"page": str(written), "bytes": written.stat().st_size}) if json else f"report page: {written}")
@@ -81,7 +84,7 @@ def _run(
         from sieve_attn.evaluation.compare import compare as measure
         from sieve_attn.llm.loading import load
 
-        torch.manual_seed(seed)
+        torch.manual_seed(checks.seed("seed", seed))
         loaded, tokenizer = load(model, dtype=dtype)
         tell("loading", 1.0)
         name = "the embedded model" if model == "embedded" else Path(model).name

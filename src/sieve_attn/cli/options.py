@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,6 +101,16 @@ def demo_prompt() -> tuple[str, str]:
         if end:
             return text[:end], f"{path.name} (Python's standard library)"
     raise error("demo", f"needs a standard library source file of {LEAST_DEMO_BYTES} bytes", "none", "use --prompt-file")
+
+
+def check_target(name: str, path: Path | None) -> None:
+    """A path that cannot be written is told before the run, not after it."""
+    if path is None:
+        return
+    whole = path.absolute()
+    if whole.is_dir() or not whole.parent.is_dir() or not os.access(whole if whole.exists() else whole.parent, os.W_OK):
+        raise error(name, "must be a file in a folder that exists and may be written", repr(str(path)), "make the folder first",
+                    OSError)  # fmt: skip
 
 
 def set_threads(threads: int | None) -> None:

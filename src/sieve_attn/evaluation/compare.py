@@ -19,7 +19,7 @@ from torch import Tensor
 from sieve_attn.checks import error, positive_int
 from sieve_attn.evaluation import maps, metrics
 from sieve_attn.evaluation.comparison import Agreement, Comparison, Errors, Layer, Side, thin
-from sieve_attn.llm.loading import decode, encode
+from sieve_attn.llm.loading import context_length, decode, encode
 from sieve_attn.policies import Policy, parse
 from sieve_attn.scores import KeySketch
 
@@ -51,7 +51,7 @@ def compare(
     key, so they are measured on a sample: 64 queries at each of four places of the prompt and the first decode steps. Policies
     whose own bound has fewer than 8 bits are certified with 8-bit keys.
 
-    Raises ValueError for prompts of fewer than two tokens and what ``sparsify`` refuses.
+    Raises ValueError for prompts of fewer than two tokens, prompts beyond the model's context and what ``sparsify`` refuses.
     """
     from sieve_attn import transformers
 
@@ -59,6 +59,10 @@ def compare(
     ids = torch.tensor([encode(tokenizer, prompt)], device=next(model.parameters()).device)
     if ids.shape[1] < 2:
         raise error("prompt", "must have at least 2 tokens", f"{ids.shape[1]}", "pass some text")
+    limit = context_length(model)
+    if limit is not None and ids.shape[1] + max_tokens > limit:
+        rule = f"must leave room for {max_tokens} new tokens in the model's context of {limit:,}"
+        raise error("prompt", rule, f"{ids.shape[1]:,} tokens", "shorten it, or take a model with a longer context")
     policy = _with_sharp_bound(policy)
     tell = progress or (lambda stage, done: None)
     last = min(LAST_POSITIONS, ids.shape[1])

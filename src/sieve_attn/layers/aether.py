@@ -13,7 +13,11 @@ from sieve_attn.torch import aether_attention
 class AetherAttention(nn.Module):
     """:func:`sieve_attn.aether_attention` with its threshold and block size fixed; it has no parameters.
 
-    ``attn(query, key, value, attn_bias=None)`` on [batch, len, heads, head_dim]; see the function for shapes and errors.
+    ``attn(query, key, value, attn_bias=None)`` on [batch, len, heads, head_dim], or on three or five axes as in the function:
+    key blocks with ``max scale * (q.mu + ||q|| r) > sparsity_threshold`` over a tile of queries are kept.
+
+    Raises ValueError for a NaN threshold and block sizes below 1, and when called for what the function refuses. Source: the
+    AETHER operator proposed to xFormers. ``AetherAttention(-math.inf)`` is dense attention.
     """
 
     def __init__(

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sieve_attn import checks, dispatch
 from sieve_attn.checks import error, positive_int
 from sieve_attn.llm.config import AetherSparseAttentionConfig
-from sieve_attn.llm.loading import decode, encode, eos_ids, load
+from sieve_attn.llm.loading import context_length, decode, encode, eos_ids, load
 from sieve_attn.llm.outputs import Output, Timings
 from sieve_attn.llm.sampling import Sampler
 from sieve_attn.policies import Policy
@@ -23,7 +24,8 @@ class LLM:
     ``model`` is "embedded" (the byte-level model that ships with the package), a folder with a Hugging Face model, or a loaded
     one; nothing is ever downloaded. ``sparse_attention_config`` is an :class:`AetherSparseAttentionConfig`, a
     :class:`~sieve_attn.policies.Policy` or its text, or None for dense attention. A loaded model is changed in place
-    (``sieve_attn.transformers.desparsify`` restores it). ``backend`` as in :func:`sieve_attn.attention`.
+    (``sieve_attn.transformers.desparsify`` restores it). ``backend`` computes the sparse attention, as in
+    :func:`sieve_attn.attention`; a dense model keeps its own.
 
     Raises OSError for an unreadable path, TypeError for arguments of another type, ValueError for values out of range.
 
@@ -49,6 +51,7 @@ class LLM:
                 "try AetherSparseAttentionConfig(target_sparsity=0.8)",
                 TypeError,
             )
+        dispatch.known(backend)
         self.config = config
         self.model, self.tokenizer = load(model, tokenizer, dtype)
         if config is not None:
@@ -73,9 +76,10 @@ class LLM:
         tokens are drawn from ``softmax(logits / temperature)``, restricted to the smallest set of tokens with mass ``top_p``.
         Every prompt has a generator of its own from ``seed`` (one number, or one a prompt): the same seed gives the same
         tokens, whatever runs beside it, and torch's global generator is left alone. Text is cut before the first of the
-        ``stop`` strings.
+        ``stop`` strings. Generation also ends where the model's context is full.
 
-        Raises TypeError for prompts that are no strings, ValueError for empty prompts and values out of range.
+        Raises TypeError for prompts that are no strings, ValueError for empty prompts, prompts that fill the model's context
+        and values out of range.
         """
         texts = _prompts(prompts)
         positive_int("max_tokens", max_tokens, "ask for at least one token")
@@ -85,6 +89,7 @@ class LLM:
         for text, row in zip(texts, rows, strict=True):
             if not row:
                 raise error("prompts", "must hold at least one token each", repr(text), "pass some text")
+        most = self._most(rows, max_tokens)
 
         run = _Run(self.model, rows, self._pad())
         clock = perf_counter()
@@ -97,7 +102,7 @@ class LLM:
             for i, sampler in enumerate(samplers):
                 if reason[i] is None:
                     made[i].append(sampler(logits[i]))
-                    reason[i] = self._finished(rows[i], made[i], stops, ends, max_tokens)
+                    reason[i] = self._finished(rows[i], made[i], stops, ends, most[i])
             if all(reason):
                 break
             logits = run.step([row[-1] for row in made])
@@ -109,6 +114,15 @@ class LLM:
             for text, row, ids, why in zip(texts, rows, made, reason, strict=True)
         ]
         return results[0] if isinstance(prompts, str) else results
+
+    def _most(self, rows: list[list[int]], max_tokens: int) -> list[int]:
+        """How many tokens each prompt may get: what was asked for, as far as the model's context goes."""
+        limit = context_length(self.model)
+        longest = max(map(len, rows))
+        if limit is not None and longest >= limit:
+            rule = f"must be shorter than the model's context of {limit:,} tokens"
+            raise error("prompts", rule, f"{longest:,} tokens", "shorten it, or take a model with a longer context")
+        return [max_tokens if limit is None else min(max_tokens, limit - len(row)) for row in rows]
 
     def _finished(self, row: list[int], ids: list[int], stops: tuple[str, ...], ends: frozenset[int], most: int) -> str | None:
         if ids[-1] in ends:
@@ -145,6 +159,7 @@ class _Run:
         self.mask = (torch.arange(longest, device=device)[None] >= longest - lengths[:, None]).long()
         self.padded = bool((lengths != longest).any())
         self.position = lengths - 1
+        self.last = (context_length(model) or 2**31) - 1
         self.cache = None
 
     def prefill(self) -> Tensor:
@@ -154,7 +169,8 @@ class _Run:
 
     def step(self, ids: list[int]) -> Tensor:
         """[batch, vocabulary] logits after one more token each."""
-        self.position = self.position + 1
+        # rows that are done go on in the batch, but not beyond the last position that the model knows
+        self.position = (self.position + 1).clamp(max=self.last)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
         return self._forward(torch.tensor(ids, device=self.mask.device)[:, None], self.position[:, None])
 
@@ -184,14 +200,14 @@ def _prompts(prompts: Any) -> list[str]:
 
 
 def _stops(stop: Any) -> tuple[str, ...]:
-    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = () if stop is None else tuple(stop) if isinstance(stop, (list, tuple)) else (stop,)
     if not all(isinstance(s, str) and s for s in stops):
         raise error("stop", "must be a string or several, none empty", repr(stop), "leave it out for none")
     return stops
 
 
 def _seeds(seed: Any, count: int) -> list[int]:
-    seeds = [seed] * count if isinstance(seed, int) else list(seed)
-    if len(seeds) != count or not all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
+    seeds = list(seed) if isinstance(seed, (list, tuple, range)) else [seed] * count
+    if len(seeds) != count:
         raise error("seed", f"must be one integer or {count}, one a prompt", repr(seed), "try seed=0")
-    return seeds
+    return [checks.seed("seed", s) for s in seeds]

@@ -136,3 +136,9 @@ def eos_ids(model: Any) -> frozenset[int]:
     eos = getattr(held, "eos_token_id", None)
     eos = getattr(model.config, "eos_token_id", None) if eos is None else eos
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def context_length(model: Any) -> int | None:
+    """How many tokens the model was made for; None if its configuration does not say."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

@@ -29,8 +29,9 @@ class Output:
     """One completion. ``str(output)`` is its text.
 
     ``tokens`` are the generated ids, those of a stop string and of the end of the text included; ``text`` is cut before them.
-    ``finish_reason`` is "stop" (a stop string), "eos" (the model ended the text) or "length" (``max_tokens``). ``report`` is
-    the sparse model's :class:`~sieve_attn.transformers.ModelReport`, or None with dense attention.
+    ``finish_reason`` is "stop" (a stop string), "eos" (the model ended the text) or "length" (``max_tokens``, or the model's
+    context is full). ``report`` is the sparse model's :class:`~sieve_attn.transformers.ModelReport`, or None with dense
+    attention.
     """
 
     prompt: str

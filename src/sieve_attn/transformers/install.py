@@ -45,8 +45,7 @@ def sparsify(model: PreTrainedModel, config_or_policy: Any, *, backend: str = "a
     Raises TypeError for other models and policies, ValueError for models without the attention interface of transformers.
     """
     policy = _policy(config_or_policy)
-    if backend != "auto" and backend not in dispatch.ORDER:
-        raise error("backend", f"must be 'auto' or one of {', '.join(dispatch.ORDER)}", repr(backend), "use 'auto'")
+    dispatch.known(backend)
     modules = _attention_modules(model)
     desparsify(model)
     setting = Setting(policy, backend)
