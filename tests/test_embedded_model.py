@@ -99,13 +99,15 @@ def _oracle_blocks(call) -> int:
     return int(together.sum()) * (heads // call.key.shape[1])
 
 
-def _table(model, tokenizer, count: int, phase: str):
-    """Recall of values by name at 2,048 bytes, dense and under each ranking at one budget of blocks."""
+def _table(model, tokenizer, count: int, phase: str, beside: bool = True):
+    """Recall of values by name at 2,048 bytes, dense and by ours (and others ``beside`` it) at one budget of blocks."""
     rng, text = Random(2048), tasks.filler_text("heldout")
     examples = [tasks.key_value(rng, 2048, text) for _ in range(count)]
-    rankings = {"4-bit keys": policies.TopBlocks(1).scorer, "box (Quest)": Box(), "ball (AETHER)": Euclidean()}
+    rankings = {"4-bit keys": policies.TopBlocks(1).scorer}
+    if beside:
+        rankings |= {"box (Quest)": Box(), "ball (AETHER)": Euclidean()}
     if phase == "decode":
-        rankings["2-bit keys"] = KeySketch(2, query_bits=8)
+        rankings |= {"2-bit keys": KeySketch(2, query_bits=8)} if beside else {}
         blocks, keep = 5, policies.TopBlocks(1, sinks=16, window=16).keep
     else:
         # the diagonal's four blocks are always kept: of a budget of .12 at 2,048 keys that leaves three or four a tile
@@ -125,7 +127,8 @@ def _stays_within_two_points(table, most_dense: float, of: str = "dense") -> Non
 
 
 def test_the_default_ranking_recalls_like_dense_when_decoding(embedded):
-    _stays_within_two_points(_table(*embedded, 12, "decode"), 0.06)
+    # a few answers, ours alone: enough to see a ranking break; the long test below compares
+    _stays_within_two_points(_table(*embedded, 8, "decode", beside=False), 0.06)
 
 
 @pytest.mark.long

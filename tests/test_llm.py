@@ -210,6 +210,11 @@ def test_unreadable_models_and_wrong_types_are_refused(tmp_path):
         LLM(sparse_attention_config=0.5)
     with pytest.raises(ValueError, match=r"`dtype` must be one of float32, .*; got 'int3'; leave it out"):
         LLM(dtype="int3")
+    with pytest.raises(ValueError, match=r"`dtype` must be one of float32, .*; got torch.int8; leave it out"):
+        LLM(dtype=torch.int8)
+    small = LlamaForCausalLM(LlamaConfig(**{**tiny_model().config.to_dict(), "vocab_size": 64})).eval()
+    with pytest.raises(ValueError, match=r"`prompts` must have a tokenizer of at most 64 ids, .*; got id 1\d\d; load the tok"):
+        LLM(small, tokenizer=ByT5Tokenizer()).generate("xyz")
     with pytest.raises(ValueError, match=r"`backend` must be 'auto' or one of triton, native, reference; got 'abacus'"):
         LLM(backend="abacus")
     with pytest.raises(ValueError, match=r"`tokenizer` must be given with a model that was not loaded from a path"):

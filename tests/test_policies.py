@@ -150,7 +150,7 @@ def test_below_min_seq_length_attention_is_dense_and_says_so():
     out, report = attention(q, k, v, short, causal=True, return_report=True)
     assert torch.equal(out, attention(q, k, v, causal=True))
     assert report.density == 1
-    assert [f.reason for f in report.fallbacks] == ["kv_len 40 is below min_seq_length 41"]
+    assert [f.reason for f in report.fallbacks] == ["fewer keys than min_seq_length 41"]
     _, report = attention(q, k, v, Policy(KeySketch(4), TopK(1), min_seq_length=40), return_report=True)
     assert report.density < 1
     assert not report.fallbacks

@@ -275,6 +275,25 @@ def test_gradients_flow_through_the_cache(llama):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_a_training_step_under_checkpointing_has_the_gradients_of_dense_attention(name, prompt):
+    ids, losses, grads = prompt["input_ids"][1:], [], []
+    for policy in (None, DENSE["threshold"]):
+        model = _model(name).train()
+        model.config.output_router_logits = False
+        if policy is not None:
+            sparsify(model, policy)
+            model.activation_checkpointing_enable()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(losses[1], losses[0])
+    assert grads[0].keys() == grads[1].keys()
+    for n, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][n], grad, rtol=1e-3, atol=1e-5 + 1e-4 * float(grad.abs().max()), msg=n)
+
+
 def test_padding_that_changes_afterwards_makes_the_stream_start_anew(llama, prompt):
     sparsify(llama, SPARSE)
     cache = llama(input_ids=prompt["input_ids"], use_cache=True).past_key_values
@@ -367,7 +386,7 @@ def test_the_report_has_every_field(prompt):
     assert len(choosing.density_per_head) == len(choosing.certified_per_head) == 4
     assert 0 < choosing.gate_overhead < 1
     assert choosing.geometry == {"stream": 2}
-    assert choosing.fallbacks == [{"reason": "kv_len 20 is below min_seq_length 70", "count": 8}]
+    assert choosing.fallbacks == [{"reason": "fewer keys than min_seq_length 70", "count": 8}]
     mass = choosing.certified_dropped_mass
     assert 0 <= mass["p50"] <= mass["p99"] <= mass["max"] <= 1
     assert mass["max"] == made.certified_dropped_mass

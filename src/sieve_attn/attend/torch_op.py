@@ -140,6 +140,7 @@ def _save(ctx: Any, inputs: tuple, made: tuple, parts: list[Tensor], spec: str, 
     query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window = inputs
     optional = [mask, key_mask, bias, cu_seqlens, sink]
     ctx.present = [x is not None for x in optional]
+    ctx.parts = len(parts)
     ctx.save_for_backward(*made[:2], query, key, value, *(x for x in optional if x is not None), *parts)
     ctx.plain = (causal, scale, softcap, window)
     ctx.selection = (spec, backend, far_block)
@@ -179,9 +180,9 @@ def _setup_attend(ctx, inputs, output):
 
 
 def _backward_attend(ctx, grad_output, grad_lse):
-    # a selection's own tensors are indices: no gradient, one None for each
-    count = len(ctx.saved_tensors) - 5 - sum(ctx.present)
-    return (*_backward(ctx, grad_output, grad_lse), [None] * count, None, None, None)
+    # a selection's own tensors are indices: no gradient, one None for each. They are counted when saved, since under
+    # gradient checkpointing what was saved may be asked for once only
+    return (*_backward(ctx, grad_output, grad_lse), [None] * ctx.parts, None, None, None)
 
 
 attend_op.register_autograd(_backward_attend, setup_context=_setup_attend)

@@ -165,7 +165,8 @@ function drawCharts() {
     key([["", accent, `prompt, one dot a ${data.head_kind}`], ["line", accent, "prompt, layer mean"], ["ring", second, "decode steps, layer mean"]]);
 
   const along = { min: 0, max: data.length, ticks: nice(data.length), format: whole, name: "query position (tokens)" };
-  const curve = (l) => l.density_by_position.map((d, i, all) => [((i + 0.5) * data.length) / all.length, d]);
+  /* each mean over its whole range, so that the curve spans the prompt even where it is one tile long */
+  const curve = (l) => l.density_by_position.flatMap((d, i, all) => [[(i * data.length) / all.length, d], [((i + 1) * data.length) / all.length, d]]);
   by("density-position").innerHTML = frame({ x: along, y: { ...share, name: "density" }, label: "Density along the prompt" }, (x, y) =>
     layers.map((l) => line(curve(l), x, y, soft, 1, 'opacity=".35"')).join("") + line(curve(active), x, y, accent, 2.5)) +
     key([["line", accent, `layer ${active.layer}`], ["line", soft, "other layers"]]);

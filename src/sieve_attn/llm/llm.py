@@ -117,8 +117,11 @@ class LLM:
 
     def _most(self, rows: list[list[int]], max_tokens: int) -> list[int]:
         """How many tokens each prompt may get: what was asked for, as far as the model's context goes."""
-        limit = context_length(self.model)
-        longest = max(map(len, rows))
+        limit, known = context_length(self.model), self.model.get_input_embeddings().num_embeddings
+        largest, longest = max(map(max, rows)), max(map(len, rows))
+        if largest >= known:
+            rule = f"must have a tokenizer of at most {known:,} ids, as many as the model embeds"
+            raise error("prompts", rule, f"id {largest:,}", "load the tokenizer that belongs to the model")
         if limit is not None and longest >= limit:
             rule = f"must be shorter than the model's context of {limit:,} tokens"
             raise error("prompts", rule, f"{longest:,} tokens", "shorten it, or take a model with a longer context")

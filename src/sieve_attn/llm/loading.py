@@ -108,7 +108,7 @@ def _quiet():
 
 
 def _dtype(dtype: Any) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
+    if dtype is None or dtype in DTYPES.values():
         return dtype
     if dtype not in DTYPES:
         raise error("dtype", f"must be one of {', '.join(DTYPES)}", repr(dtype), "leave it out for fp32 on a CPU")

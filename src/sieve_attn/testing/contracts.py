@@ -347,17 +347,18 @@ class SelectorContract:
         return pipeline.select(call, geometry, policy, per_query=per_query)
 
     def calls(
-        self, dtype: torch.dtype = torch.float32, names: tuple[str, ...] = ("gaussian", "clustered", "duplicates", "all_zero")
+        self,
+        dtype: torch.dtype = torch.float32,
+        names: tuple[str, ...] = ("gaussian", "clustered", "duplicates", "all_zero"),
+        every_pair: bool = False,
     ):
+        """Calls that hold each generator and each option; with ``every_pair`` each generator under each option."""
         shape = Shape(2, 4, 2, 75, 91, 8, 4)
-        for name in names:
-            for options in (
-                {},
-                {"causal": True},
-                {"causal": True, "key_mask": coins(2, 0.6, 2, 91)},
-                {"causal": True, "window": 30},
-            ):
-                yield a_call(shape, name, 4, dtype, **options)
+        masked = {"causal": True, "key_mask": coins(2, 0.6, 2, 91)}
+        options = ({}, {"causal": True}, masked, {"causal": True, "window": 30})
+        for i, chosen in enumerate(options):
+            for name in names if every_pair else (names[i % len(names)],):
+                yield a_call(shape, name, 4, dtype, **chosen)
 
     def visible(self, call: Call, policy: Policy, blocks: int) -> Tensor:
         seen = oracle.visible_keys(call.q_len, call.kv_len, **{n: getattr(call, n) for n in SEEN_OPTIONS})
@@ -367,7 +368,7 @@ class SelectorContract:
     @pytest.mark.parametrize("per_query", [False, True])
     @pytest.mark.parametrize("share_group", [False, True])
     def test_kept_is_visible_and_forced_is_kept(self, per_query, share_group):
-        for call in self.calls():
+        for call in self.calls(every_pair=True):
             policy = self.policy(share_group=share_group)
             selection, (kept, total), _ = self.choose(call, policy, per_query=per_query)
             part = selection.blocks
