@@ -1,6 +1,8 @@
 """AETHER's published entry points: geometry, metadata, gate, layouts, biases, and what PyTorch asks of an operator."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -374,6 +376,25 @@ def test_compiles_in_one_graph_forward_and_backward(name):
         assert torch.equal(a, b)
 
 
+POLICIES_MADE_INSIDE = """
+import torch
+from sieve_attn import attention
+from sieve_attn.policies import *
+from sieve_attn.patterns import Sinks, Window
+x = torch.randn(1, 2, 70, 8)
+def run(x):
+    made = Policy(KeySketch(4), Certified(0.3).selector, Sinks(3) | Window(4), bound=Bennett())
+    return attention(x, x, x, made, causal=True)
+assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(x), run(x))
+"""
+
+
+def test_policies_may_be_made_inside_of_what_is_compiled():
+    # in a process of its own: the compiler cannot see through the type checker of this one
+    done = subprocess.run([sys.executable, "-c", POLICIES_MADE_INSIDE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_gate_and_the_geometry_compile():
     torch._dynamo.reset()
     keys, query = draw(1, 1, 2, 50, 8).float(), draw(2, 1, 2, 8).float()
@@ -384,6 +405,33 @@ def test_the_gate_and_the_geometry_compile():
 
     for a, b in zip(torch.compile(run, fullgraph=True, backend="aot_eager")(query, keys), run(query, keys), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_packed_sequences_compile_in_one_graph(kind):
+    torch._dynamo.reset()
+    _, k, v = gaussian(2, SIZES)
+
+    def run(k, v, edges):
+        return attention(k, k, v, TOP, causal=True, cu_seqlens=edges)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(k, v, kind([0, 30, 70])), run(k, v, [0, 30, 70]))
+    with pytest.raises(ValueError, match="`cu_seqlens` must rise from 0 to 70"):
+        compiled(k, v, kind([0, 30, 60]))
+
+
+# torch scripts some decompositions of its own when it first sees a tangent
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("policy", [None, TOP, NEAR], ids=["dense", "blocks", "pattern"])
+def test_forward_mode_is_refused_not_answered_with_zeros(policy):
+    q, k, v = gaussian(2, SIZES)
+    with pytest.raises(
+        ValueError, match=r"must not carry tangents: attention differentiates in reverse mode only; got forward-mode"
+    ):
+        torch.func.jvp(lambda q: attention(q, k, v, policy, causal=True), (q,), (q,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match="must not carry tangents"):
+        attend(torch.autograd.forward_ad.make_dual(q, q), k, v, CHOSEN, causal=True)
 
 
 @pytest.mark.parametrize("name", ["return_report", "selection"])

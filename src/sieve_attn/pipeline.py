@@ -80,8 +80,8 @@ def attention(
         "causal": causal, "scale": scale, "mask": mask, "key_mask": key_mask, "bias": bias, "softcap": softcap,
         "cu_seqlens": cu_seqlens, "sink": sink, "window": window, "dropout": dropout,
     }  # fmt: skip
-    if _compiling():
-        # what is selected depends on the data: the compiler sees one operator
+    if _traced():
+        # what is selected depends on the data: compilers and transforms see one operator
         from sieve_attn.torch import compiled
 
         options |= {"per_query": per_query, "backend": backend, "return_lse": return_lse, "return_report": return_report}
@@ -180,7 +180,7 @@ def attend(
         "causal": causal, "scale": scale, "mask": mask, "key_mask": key_mask, "bias": bias, "softcap": softcap,
         "cu_seqlens": cu_seqlens, "sink": sink, "window": window,
     }  # fmt: skip
-    if _compiling():
+    if _traced():
         from sieve_attn.torch import compiled_attend
 
         return compiled_attend(query, key, value, selection, backend=backend, **options)
@@ -355,9 +355,10 @@ def _attend(call: Call, selection: Selection, backend: str, field: Any) -> tuple
     return dispatch.module(backend).attend(call, selection, field)
 
 
-def _compiling() -> bool:
+def _traced() -> bool:
+    """Under ``torch.compile``, or under a transform of ``torch.func``, whose tensors kernels cannot read."""
     torch = sys.modules.get("torch")
-    return torch is not None and torch.compiler.is_compiling()
+    return torch is not None and (torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
 def _front_end(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:

@@ -44,9 +44,11 @@ class Policy:
 
     def __post_init__(self):
         for f in fields(self):
-            object.__setattr__(self, f.name, _plain(getattr(self, f.name)))
-        # the compiler reads the text of a policy that was made outside of what it compiles
-        object.__setattr__(self, "text", repr(self))
+            given = getattr(self, f.name)
+            if _holds_numpy(given):
+                object.__setattr__(self, f.name, _plain(given))
+        # operators get a policy as this text, also of one that is made inside of what is compiled
+        object.__setattr__(self, "text", _text(self))
         kinds = (("scorer", Scorer), ("selector", Selector), ("keep", Pattern), ("bound", Bound))
         for name, kind in kinds:
             given = getattr(self, name)
@@ -99,17 +101,31 @@ class Policy:
         return self.scorer.prover if isinstance(self.scorer, Bound) else KeySketch(bits=8)
 
 
+def _holds_numpy(part: Any) -> bool:
+    if isinstance(part, tuple):
+        return any(_holds_numpy(p) for p in part)
+    if is_dataclass(part):
+        return any(_holds_numpy(getattr(part, f.name)) for f in fields(part))
+    return isinstance(part, np.generic)
+
+
 def _plain(part: Any) -> Any:
-    """``part`` with Python's numbers in place of NumPy's: its repr is read back by :func:`parse`."""
-    if isinstance(part, np.generic):
-        return part.item()
+    """``part`` with Python's numbers in place of NumPy's: its text is read back by :func:`parse`."""
     if isinstance(part, tuple):
         return tuple(_plain(p) for p in part)
-    if not is_dataclass(part):
-        return part
-    plain = {f.name: _plain(getattr(part, f.name)) for f in fields(part)}
-    changed = {name: value for name, value in plain.items() if value is not getattr(part, name)}
-    return replace(part, **changed) if changed else part
+    if is_dataclass(part):
+        return replace(part, **{f.name: _plain(getattr(part, f.name)) for f in fields(part)})
+    return part.item() if isinstance(part, np.generic) else part
+
+
+def _text(part: Any) -> str:
+    """The repr of ``part``, written out since compilers cannot trace that of a dataclass."""
+    if isinstance(part, tuple):
+        return f"({', '.join(_text(p) for p in part)}{',' if len(part) == 1 else ''})"
+    if is_dataclass(part):
+        inside = ", ".join(f"{f.name}={_text(getattr(part, f.name))}" for f in fields(part))
+        return f"{type(part).__name__}({inside})"
+    return repr(part)
 
 
 FAR_FIELD_BOUND = Bennett()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sieve_attn import checks
@@ -86,6 +87,10 @@ def run(
     """``(output, lse)`` of the whole pipeline as one operator, checked first; ``policy`` goes by its text."""
     query, key, value = torch_ops.autocast(query, key, value)
     checks.qkv(query, key, value, xp=torch_ops)
+    if isinstance(cu_seqlens, (list, tuple)):
+        cu_seqlens = torch.tensor(cu_seqlens, device=query.device)
+    # a compiler does not know the edges: the operator checks them when it runs
+    edges = None if torch.compiler.is_compiling() else cu_seqlens
     checks.attention_options(
         query,
         key,
@@ -94,12 +99,13 @@ def run(
         key_mask=key_mask,
         bias=bias,
         softcap=softcap,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=edges,
         sink=sink,
         window=window,
         dropout=dropout,
         xp=torch_ops,
     )
+    torch_op.refuse_tangents(query, key, value, bias, sink)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
     made = torch_op.attention_op(
         query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window, policy, per_query, backend
@@ -119,14 +125,14 @@ def compiled(
     return_lse: bool,
     **options: Any,
 ) -> Any:
-    """What ``attention`` is inside ``torch.compile``. Reports and ready-made stages do not cross its border."""
+    """What ``attention`` is inside ``torch.compile`` and transforms. Reports and ready-made stages do not cross its border."""
     for name, given in (("geometry", geometry), ("selection", selection), ("return_report", return_report or None)):
         if given is not None:
             raise checks.error(
                 name,
-                "cannot be used inside torch.compile",
+                "cannot be used inside torch.compile or a transform of torch.func",
                 type(given).__name__,
-                "call attention outside of the compiled function for it, or use `attend` with a selection",
+                "call attention outside of that function for it, or use `attend` with a selection",
             )
     output, lse = run(query, key, value, policy, **options)
     return (output, lse) if return_lse else output

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sieve_attn import dispatch, policies
 from sieve_attn import geometry as stage_geometry
 from sieve_attn.arrays import torch_ops
 from sieve_attn.attend import far_field as far
+from sieve_attn.checks import error
 from sieve_attn.types import Blocks, Call, Offsets, Ranges, Selection, Tokens
 
 _KINDS = {kind.__name__: kind for kind in (Blocks, Ranges, Offsets, Tokens)}
@@ -188,6 +190,15 @@ def _backward_attend(ctx, grad_output, grad_lse):
 attend_op.register_autograd(_backward_attend, setup_context=_setup_attend)
 
 
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Operators drop the tangents of forward-mode differentiation: a derivative of zero would come out."""
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        rule = "must not carry tangents: attention differentiates in reverse mode only"
+        raise error("query, key, value, bias, sink", rule, "forward-mode differentiation", "use torch.autograd.grad")
+
+
 def _nobody_watches(call: Call) -> bool:
     """Neither autograd nor a transform nor a tensor of another kind needs to see an operator: it can be passed by."""
     tensors = [x for x in (call.query, call.key, call.value, call.mask, call.key_mask, call.bias, call.sink) if x is not None]
@@ -201,6 +212,7 @@ _modes = torch._C._len_torch_dispatch_stack
 
 
 def attend(call: Call, selection: Selection, backend: str, field: far.FarField | None) -> tuple[Tensor, Tensor]:
+    refuse_tangents(call.query, call.key, call.value, call.bias, call.sink)
     if _nobody_watches(call):
         with torch_ops.no_grad():
             return dispatch.module(backend).attend(call, selection, field)
