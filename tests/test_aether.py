@@ -353,6 +353,7 @@ COMPILED = {
     "attention": lambda q, k, v: attention(q, k, v, ADAPTIVE, causal=True),
     "per query": lambda q, k, v: attention(q, k, v, TOP, causal=True, per_query=True, return_lse=True)[0],
     "windowed": lambda q, k, v: attention(q, k, v, NEAR, causal=True),
+    "made inside": lambda q, k, v: attention(q, k, v, Windowed(3, 9), causal=True),
     "attend": lambda q, k, v: attend(q, k, v, CHOSEN, causal=True)[0],
     "offsets": lambda q, k, v: attend(q, k, v, DIAGONALS, causal=True)[0],
 }
@@ -389,8 +390,9 @@ assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(x), run(x
 """
 
 
-def test_policies_may_be_made_inside_of_what_is_compiled():
-    # in a process of its own: the compiler cannot see through the type checker of this one
+@pytest.mark.long
+def test_policies_with_scores_may_be_made_inside_of_what_is_compiled():
+    # in a process of its own: the compiler cannot see through the type checker of this one, which watches scorers and selectors
     done = subprocess.run([sys.executable, "-c", POLICIES_MADE_INSIDE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
