@@ -84,9 +84,9 @@ def _beside(argument: str, x: Any, query: Array, xp: Any) -> None:
 
 
 def _one_device(argument: str, x: Array, query: Array, xp: Any) -> None:
-    if xp.name != "torch":
+    if xp.name != "torch" or x.is_cpu and query.is_cpu:
         return
-    if x.device.type == "meta":
+    if x.is_meta:
         raise error(argument, "must hold values: what is kept depends on them", "a tensor on device meta", "move it to a device")
     if x.device != query.device:
         raise error(argument, f"must lie on the device of `query`, {query.device}", x.device, "move it with `.to(query.device)`")
@@ -106,7 +106,8 @@ def qkv(query: Array, key: Array, value: Array, *, xp: Any) -> None:
                 f"shape {shape_of(x)}",
                 "add the missing axes with reshape or unsqueeze",
             )
-        floating(name, x)
+        if x is query or x.dtype != query.dtype:
+            floating(name, x)
         _one_device(name, x, query, xp)
     if not query.dtype == key.dtype == value.dtype:
         raise error(
