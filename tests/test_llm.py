@@ -63,6 +63,17 @@ def test_a_batch_of_different_lengths_gives_what_each_prompt_gives_alone(llm):
     assert [o.tokens for o in together] == [llm.generate(p, max_tokens=8).tokens for p in PROMPTS]
 
 
+def test_what_a_sparse_model_keeps_of_a_prompt_does_not_depend_on_the_prompts_beside_it(folder):
+    sparse = LLM(folder, policies.TopBlocks(1, sinks=4, window=0))
+    prompts = [f"def {name}(x):\n" * 9 + "ab" * n for name, n in (("f", 1), ("g", 9), ("h", 1), ("k", 20))]
+    together = sparse.generate(prompts, max_tokens=12, temperature=1.0)
+    alone = [sparse.generate(p, max_tokens=12, temperature=1.0) for p in prompts]
+    assert [o.tokens for o in together] == [o.tokens for o in alone]
+    assert [o.prompt for o in together] == prompts
+    # those of one length run together
+    assert together[0].timings is together[2].timings is not together[1].timings
+
+
 def test_greedy_tokens_are_those_of_transformers(llm):
     ids = torch.tensor([encode(llm.tokenizer, PROMPTS[1])])
     theirs = llm.model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]

@@ -84,7 +84,7 @@ def _beside(argument: str, x: Any, query: Array, xp: Any) -> None:
 
 
 def _one_device(argument: str, x: Array, query: Array, xp: Any) -> None:
-    if xp.name != "torch" or x.is_cpu and query.is_cpu:
+    if xp.name != "torch" or (x.is_cpu and query.is_cpu):
         return
     if x.is_meta:
         raise error(argument, "must hold values: what is kept depends on them", "a tensor on device meta", "move it to a device")

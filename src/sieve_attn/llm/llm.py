@@ -72,7 +72,8 @@ class LLM:
     ) -> Output | list[Output]:
         """Continue one prompt (a string in, an :class:`Output` out) or several (a list in, a list out).
 
-        Prompts of different lengths run as one left-padded batch. ``temperature=0`` takes the most likely token; above 0
+        Prompts of different lengths run as one left-padded batch, under sparse attention as one batch a length (padding would
+        move a prompt's blocks). ``temperature=0`` takes the most likely token; above 0
         tokens are drawn from ``softmax(logits / temperature)``, restricted to the smallest set of tokens with mass ``top_p``.
         Every prompt has a generator of its own from ``seed`` (one number, or one a prompt): the same seed gives the same
         tokens, whatever runs beside it, and torch's global generator is left alone. Text is cut before the first of the
@@ -91,13 +92,38 @@ class LLM:
                 raise error("prompts", "must hold at least one token each", repr(text), "pass some text")
         most = self._most(rows, max_tokens)
 
+        ends, results = eos_ids(self.model), {}
+        for batch in self._batches(rows):
+            found = self._complete([rows[i] for i in batch], [samplers[i] for i in batch], [most[i] for i in batch], stops, ends)
+            results |= dict(zip(batch, found, strict=True))
+        report = self._report()
+        outputs = []
+        for i, text in enumerate(texts):
+            ids, why, timings = results[i]
+            outputs.append(Output(text, self._text(rows[i], ids, stops, ends), ids, why, timings, report))
+        return outputs[0] if isinstance(prompts, str) else outputs
+
+    def _batches(self, rows: list[list[int]]) -> list[list[int]]:
+        """Which prompts run together. Padding would shift a prompt's blocks and take the place of its first tokens, so a
+        sparse model reads prompts of one length at a time: what it keeps of one does not depend on the others."""
+        if self.config is None:
+            return [list(range(len(rows)))]
+        by_length: dict[int, list[int]] = {}
+        for i, row in enumerate(rows):
+            by_length.setdefault(len(row), []).append(i)
+        return list(by_length.values())
+
+    def _complete(
+        self, rows: list[list[int]], samplers: list[Sampler], most: list[int], stops: tuple[str, ...], ends: frozenset[int]
+    ) -> list[tuple[list[int], str, Timings]]:
+        """``(tokens, why they end, timings)`` of one batch."""
         run = _Run(self.model, rows, self._pad())
         clock = perf_counter()
         logits = run.prefill()
         prefill, clock = perf_counter() - clock, perf_counter()
         made: list[list[int]] = [[] for _ in rows]
         reason: list[str | None] = [None] * len(rows)
-        ends, steps = eos_ids(self.model), 0
+        steps = 0
         while True:
             for i, sampler in enumerate(samplers):
                 if reason[i] is None:
@@ -108,12 +134,7 @@ class LLM:
             logits = run.step([row[-1] for row in made])
             steps += 1
         timings = Timings(prefill, perf_counter() - clock, steps)
-        report = self._report()
-        results = [
-            Output(text, self._text(row, ids, stops, ends), ids, str(why), timings, report)
-            for text, row, ids, why in zip(texts, rows, made, reason, strict=True)
-        ]
-        return results[0] if isinstance(prompts, str) else results
+        return [(ids, str(why), timings) for ids, why in zip(made, reason, strict=True)]
 
     def _most(self, rows: list[list[int]], max_tokens: int) -> list[int]:
         """How many tokens each prompt may get: what was asked for, as far as the model's context goes."""

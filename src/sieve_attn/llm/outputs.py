@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of one ``generate`` call. Prompts of one batch run together, so they share these figures."""
+    """Seconds of one batch of a ``generate`` call. Prompts that run together share these figures."""
 
     prefill_seconds: float
     decode_seconds: float
