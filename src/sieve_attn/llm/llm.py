@@ -73,11 +73,11 @@ class LLM:
         """Continue one prompt (a string in, an :class:`Output` out) or several (a list in, a list out).
 
         Prompts of different lengths run as one left-padded batch, under sparse attention as one batch a length (padding would
-        move a prompt's blocks). ``temperature=0`` takes the most likely token; above 0
-        tokens are drawn from ``softmax(logits / temperature)``, restricted to the smallest set of tokens with mass ``top_p``.
-        Every prompt has a generator of its own from ``seed`` (one number, or one a prompt): the same seed gives the same
-        tokens, whatever runs beside it, and torch's global generator is left alone. Text is cut before the first of the
-        ``stop`` strings. Generation also ends where the model's context is full.
+        move a prompt's blocks). ``temperature=0`` takes the most likely token; above 0 tokens are drawn from ``softmax(logits
+        / temperature)``, restricted to the smallest set of tokens with mass ``top_p``. Every prompt has a generator of its own
+        from ``seed`` (one number, or one a prompt): the same seed gives the same tokens, whatever runs beside it, and torch's
+        global generator is left alone. Text is cut before the first of the ``stop`` strings. Generation also ends where the
+        model's context is full.
 
         Raises TypeError for prompts that are no strings, ValueError for empty prompts, prompts that fill the model's context
         and values out of range.

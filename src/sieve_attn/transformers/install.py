@@ -40,8 +40,8 @@ def sparsify(model: PreTrainedModel, config_or_policy: Any, *, backend: str = "a
     ``to_policy()`` such as ``AetherSparseAttentionConfig``. Prefill (whole or in chunks), decoding, beam search, left padding
     and grouped heads work as before; caches that start empty keep streaming geometry; layers with a sliding window stay dense
     inside of it. Blocks and sinks count from a row's first slot, padding included, so a left-padded row may keep other blocks
-    than it would alone (never a padded one). A model that is sparse already changes its policy and starts its counters anew. ``generate`` does not compile
-    a sparse model: what is selected depends on the data.
+    than it would alone (never a padded one). A model that is sparse already changes its policy and starts its counters anew.
+    ``generate`` does not compile a sparse model: what is selected depends on the data.
 
     Raises TypeError for other models and policies, ValueError for models without the attention interface of transformers.
     """
