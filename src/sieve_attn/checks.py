@@ -242,7 +242,7 @@ def _edges(cu_seqlens: Any) -> list[int]:
 
 
 def selection_fits(selection: Any, query: Array, key: Array) -> None:
-    if not all(hasattr(selection, name) for name in ("q_len", "kv_len", "parts")):
+    if not all(hasattr(selection, name) for name in ("q_len", "kv_len")):
         raise error("selection", "must be a Selection", type(selection).__name__, "take it from `report.selection`, or from "
                     "a pattern's `selection(q_len, kv_len)`", TypeError)  # fmt: skip
     lengths = (int(query.shape[2]), int(key.shape[2]))
