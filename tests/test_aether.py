@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from sieve_attn import AetherAttention, aether_attention, attend, attention
 from sieve_attn.aether import compute_block_geometry, precompute_metadata, run_aether_sparse
 from sieve_attn.attend import torch_op
+from sieve_attn.functional import offset_attention, top_k_attention
 from sieve_attn.layers import operators
+from sieve_attn.patterns import Primes
 from sieve_attn.policies import Adaptive, Policy, TopBlocks, Windowed
 from sieve_attn.scores import KeySketch
 from sieve_attn.selection import TopK
@@ -432,8 +434,16 @@ def test_forward_mode_is_refused_not_answered_with_zeros(policy):
         ValueError, match=r"must not carry tangents: attention differentiates in reverse mode only; got forward-mode"
     ):
         torch.func.jvp(lambda q: attention(q, k, v, policy, causal=True), (q,), (q,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match="must not carry tangents"):
-        attend(torch.autograd.forward_ad.make_dual(q, q), k, v, CHOSEN, causal=True)
+    calls = (
+        lambda dual: attend(dual, k, v, CHOSEN, causal=True),
+        lambda dual: top_k_attention(dual, k, v, 3),
+        lambda dual: offset_attention(dual, k, v, Primes()),
+    )
+    for call in calls:
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(q, q)
+            with pytest.raises(ValueError, match="must not carry tangents"):
+                call(dual)
 
 
 @pytest.mark.parametrize("name", ["return_report", "selection"])

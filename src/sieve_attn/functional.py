@@ -64,7 +64,7 @@ def top_k_attention(
         cu_seqlens=cu_seqlens, sink=sink, window=window, dropout=0.0,
     )  # fmt: skip
     most = min(top_k, call.kv_len)
-    if pipeline._compiling():
+    if pipeline._traced():
         # the operator chooses its backend when it runs
         if return_report:
             raise checks.error("return_report", "cannot be used inside torch.compile", "True", "ask for it outside of it")
@@ -84,8 +84,9 @@ def top_k_attention(
 
 def _run(call: Call, top_k: int, backend: str) -> tuple[Array, Array, Array, Array]:
     if arrays.namespace(call.query).name == "torch":
-        from sieve_attn.attend import top_k_op
+        from sieve_attn.attend import top_k_op, torch_op
 
+        torch_op.refuse_tangents(call.query, call.key, call.value, call.sink)
         return top_k_op.attend(call, top_k, backend)
     return stage.attend(call, top_k, backend)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sieve_attn import checks, patterns
 from sieve_attn.arrays import torch_ops
-from sieve_attn.attend import offset_op
+from sieve_attn.attend import offset_op, torch_op
 from sieve_attn.attend import offsets as stage
 from sieve_attn.pipeline import attend
 
@@ -96,6 +96,7 @@ def offset_attention(
     q_len, kv_len = query.shape[2], key.shape[2]
     if stage.made_of_offsets(pattern):
         text = offset_op.text_of(pattern)
+        torch_op.refuse_tangents(query, key, value)
         output, lse = offset_op.offset_op(query, key, value, text, scale, plan)
         if upstream_compat:
             output, lse = _doubled(query, key, value, pattern, output, lse, scale)
