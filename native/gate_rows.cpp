@@ -100,7 +100,7 @@ KeyScore GateRows::keys_of(const RowSet& set, const Head& head, const Lanes& lan
   KeyScore s{};
   s.lanes = lanes;
   s.codes = head.codes;
-  s.eight_bits = t_.bits == 8;
+  s.bits = t_.bits;
   s.key = &t_.key;
   s.b = set.b;
   s.h = set.kv;
@@ -129,7 +129,7 @@ void GateRows::score_keys_themselves(const RowSet& set, const Lanes& lanes, RowS
 // Products must fit the bits above which they are accumulated.
 bool GateRows::integers_fit() const {
   const int64_t largest = t_.bits == 8 ? 128 : (int64_t{1} << t_.bits) - 1;
-  return k_.integer_tiles && largest * 127 * d_ < (int64_t{1} << 22);
+  return t_.bits <= k_.integer_bits && largest * 127 * d_ < (int64_t{1} << 22);
 }
 
 void GateRows::halve(const int8_t* codes, float* half) const {

@@ -148,7 +148,7 @@ struct Lanes {
 struct KeyScore {
   Lanes lanes;
   const int8_t* codes;     // [kv_len up to 16][wide] twice the level (less one where bits are 8), or null: keys themselves
-  bool eight_bits;
+  int32_t bits;
   const View* key;         // read where codes is null
   int64_t b, h;
   const float* step;       // [kv_len up to 16] scale of each key; null: 1
@@ -295,7 +295,7 @@ struct Kernels {
   int64_t (*key_run_scratch)(int64_t block_size, int32_t d);
 
   // gate
-  bool integer_tiles;  // whether rounded queries of the sketch go by integer dot products (AMX, VNNI)
+  int32_t integer_bits;  // of codes that rounded queries of the sketch meet in integer dot products (8: AMX, VNNI; 0: none)
   void (*expand_codes)(const uint8_t* planes, int64_t plane_stride, int32_t sketch_bits, int32_t bits, int64_t keys, int32_t d,
                        int32_t wide, int8_t* out, int32_t* origin);  // origin: of KeyScore
   void (*read_steps)(const uint16_t* scale, int64_t keys, float by, float* step, float* shift);

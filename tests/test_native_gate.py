@@ -26,7 +26,7 @@ LAWS = settings(max_examples=60, deadline=None, derandomize=True)
 LEVELS = native.module().levels() if not native.missing() else []
 SCORERS = (
     KeySketch(4, query_bits=8), KeySketch(1, query_bits=8), KeySketch(7, query_bits=8), KeySketch(8, query_bits=8), KeySketch(2),
-    KeySketch(8), Mean(), Euclidean(),
+    KeySketch(5, query_bits=8), KeySketch(6, query_bits=8), KeySketch(8), Mean(), Euclidean(),
 )  # fmt: skip
 SELECTORS = (
     TopK(2), TopK(5), TargetSparsity(0.7), Threshold(1.5), Threshold(math.inf), Threshold(-math.inf), RelativeThreshold(1.0),
@@ -102,6 +102,17 @@ def test_queries_that_are_not_numbers():
     for scorer in (KeySketch(4, query_bits=8), KeySketch(8, query_bits=8)):
         for selector in (TopK(3), Mass(0.7), RelativeThreshold(0.5), Threshold(1.0)):
             assert_same_choice(Call(q, k, v, causal=True, scale=0.25), Policy(scorer, selector, query_tile=16))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_largest_products_fit_their_sums(bits):
+    """All channels at the ends of their codes, all queries at 127: sums of integers are as large as they become."""
+    signs = torch.where(coins(5, 0.5, 1, 1, 320, 1), 1.0, -1.0)
+    k = (signs * torch.linspace(0.5, 2.0, 320)[:, None]).expand(1, 1, 320, 128).contiguous()
+    q = torch.where(coins(6, 0.5, 1, 1, 48, 1), 1.0, -1.0).expand(1, 1, 48, 128).contiguous()
+    for selector in (TopK(3), Mass(0.5)):
+        policy = Policy(KeySketch(bits, query_bits=8), selector, block_size=4, query_tile=16)
+        assert_same_choice(Call(q, k, k, scale=0.05), policy)
 
 
 def test_logits_far_apart():

@@ -12,7 +12,8 @@ int64_t tile_scratch(int32_t d, int32_t dv, bool bf16) {
   const int64_t logits = MAX_ROWS * S_STRIDE * 4;
   const int64_t values = bf16 ? CHUNK * wide * 2 : CHUNK * wide * 4;
   const int64_t weights = bf16 ? MAX_ROWS * CHUNK * 2 : 0;
-  return logits + values + weights + MAX_ROWS * wide * 4 + 4096;
+  const int64_t gathered = LANES == 8 ? up(GATHERED_BYTES, wide * PANEL * 4) : 0;
+  return logits + values + weights + MAX_ROWS * wide * 4 + gathered + 4096;
 }
 
 bool all_finite(const float* x, int64_t n) {
@@ -67,6 +68,8 @@ void attend(const Tile& t) {
   const float unit = exponent_unit(t);
   const bool shaped = transformed(t);
   const int step = wide > 64 ? 64 : CHUNK;  // long rows fall on few sets of the cache: take fewer at a time
+  float* gathered = marks + (int64_t)MAX_ROWS * wide;
+  const bool gathers = LANES == 8 && t.rows >= 4 * GEMM_ROWS;  // copies pay where many rows read them
   Softmax x;
   const FlushToZero flush;
   start(t, x, wide);
@@ -85,7 +88,16 @@ void attend(const Tile& t) {
       const int there = (int)(t.kv_len - base < PANEL ? t.kv_len - base : PANEL);
       for (int i = 0; i < there; ++i) row[rows++] = values + (base + i) * t.v_stride;
     }
-    times_panels(q, t.q_stride, t.rows, t.d, panel, count, s, S_STRIDE);
+    if (gathers) {
+      // values are asked for while their logits are made: they come from far away, and nothing foresees where a list goes next
+      for (int p = 0; p < count; ++p) {
+        for (int j = p * PANEL; j < rows && j < (p + 1) * PANEL; ++j)
+          for (int c = 0; c < wide; c += 16) __builtin_prefetch(row[j] + c, 0, 2);
+        times_panels(q, t.q_stride, t.rows, t.d, panel + p, 1, s + p * PANEL, S_STRIDE);
+      }
+    } else {
+      times_panels(q, t.q_stride, t.rows, t.d, panel, count, s, S_STRIDE);
+    }
     if (touched)
       for (int r = 0; r < t.rows; ++r) shape_logits(t, n, count, r, s + r * S_STRIDE, nullptr);
     if (t.sanitize)
@@ -94,6 +106,10 @@ void attend(const Tile& t) {
         row[j] = copy + (int64_t)j * wide;
       }
     for (int r = 0; r < t.rows; ++r) soften(t, x, r, s + r * S_STRIDE, count * PANEL, unit, wide);
+    if (gathers) {
+      times_gathered(s, S_STRIDE, t.rows, rows, row, wide, gathered, t.o, wide);
+      continue;
+    }
     for (int j = 0; j < rows; j += step) times_rows(s + j, S_STRIDE, 1, t.rows, rows - j < step ? rows - j : step, row + j, wide, t.o, wide);
   }
   finish(t, x, marks, wide);

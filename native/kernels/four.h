@@ -36,6 +36,9 @@ static inline vf over_keys(vf x, bool largest) {
   a = largest ? _mm512_max_ps(a, b) : _mm512_add_ps(a, b);
   b = _mm512_shuffle_f32x4(a, a, 0xb1);
   return (vf)(largest ? _mm512_max_ps(a, b) : _mm512_add_ps(a, b));
+#elif defined(__AVX2__)
+  const vf other = (vf)_mm256_permute2f128_ps((__m256)x, (__m256)x, 0x01);
+  return largest ? max_(x, other) : x + other;
 #else
   vf y;
   for (int r = 0; r < SCAN_ROWS; ++r) {
@@ -51,6 +54,8 @@ static inline vf over_keys(vf x, bool largest) {
 static inline vf four(const float* p) {
 #if defined(__AVX512F__)
   return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+#elif defined(__AVX2__)
+  return (vf)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
 #else
   vf x;
   for (int i = 0; i < LANES; ++i) x[i] = p[i % SCAN_ROWS];
@@ -61,6 +66,8 @@ static inline vf four(const float* p) {
 static inline vi four_integers(const int32_t* p) {
 #if defined(__AVX512F__)
   return (vi)_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (vi)_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   vi x;
   for (int i = 0; i < LANES; ++i) x[i] = p[i % SCAN_ROWS];

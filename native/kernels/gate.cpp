@@ -9,18 +9,35 @@
 namespace sieve {
 namespace SIEVE_LEVEL {
 
-constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: an integer added to its bits is that integer added to the number
 constexpr int MOST_CHANNELS = 512;
 constexpr int CHUNK_KEYS = 32;        // keys whose dot products are made together
 constexpr float SUM_LOW = 8.6736174e-19f, SUM_HIGH = 1.2676506e30f;  // 2^-60, 2^100: sums between them lost nothing
 
+// Bits of the codes that rounded queries may meet in integer products. Where two products are added in 16 bits, more do not fit.
 #if defined(__AMX_INT8__) || defined(__AVX512VNNI__)
-bool integer_tiles() { return true; }
+#define SIEVE_INTEGERS
+int32_t integer_bits() { return 8; }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+#define SIEVE_INTEGERS
+#define SIEVE_PAIRS
+int32_t integer_bits() { return 6; }
 #else
-bool integer_tiles() { return false; }
+int32_t integer_bits() { return 0; }
 #endif
 
 // Codes --------------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX2__)
+// `codes` of 32 channels and a plane's bits, first channels first, each worth `weight`
+static inline __m256i add_plane(const uint8_t* at, __m256i codes, int weight) {
+  int32_t four;
+  memcpy(&four, at, 4);
+  const __m256i byte = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+  const __m256i bit = _mm256_set1_epi64x(0x0102040810204080ll);
+  const __m256i mine = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(four), byte), bit);
+  return _mm256_or_si256(codes, _mm256_and_si256(_mm256_cmpeq_epi8(mine, bit), _mm256_set1_epi8((char)weight)));
+}
+#endif
 
 void expand_codes(const uint8_t* planes, int64_t plane_stride, int32_t sketch_bits, int32_t bits, int64_t keys, int32_t d,
                   int32_t wide, int8_t* out, int32_t* origin) {
@@ -44,6 +61,13 @@ void expand_codes(const uint8_t* planes, int64_t plane_stride, int32_t sketch_bi
       x = bits == 8 ? _mm512_sub_epi8(x, _mm512_set1_epi8((char)128))
                     : _mm512_sub_epi8(_mm512_add_epi8(x, x), _mm512_set1_epi8((char)odd));
       _mm512_storeu_si512(out + c, x);
+    }
+#elif defined(__AVX2__)
+    for (; c + 32 <= d; c += 32) {
+      __m256i x = _mm256_setzero_si256();
+      for (int p = 0; p < bits; ++p) x = add_plane(planes + p * plane_stride + j * bytes + c / 8, x, 1 << (bits - 1 - p));
+      x = bits == 8 ? _mm256_sub_epi8(x, _mm256_set1_epi8((char)128)) : _mm256_sub_epi8(_mm256_add_epi8(x, x), _mm256_set1_epi8((char)odd));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + c), x);
     }
 #endif
     for (; c < d; ++c) {
@@ -137,6 +161,14 @@ void prepare_lanes(const View& q, int64_t b, const int64_t* head_of, const int64
         const int32_t four[4] = {_mm_cvtsi128_si32(x), _mm_extract_epi32(x, 1), _mm_extract_epi32(x, 2), _mm_extract_epi32(x, 3)};
         for (int e = 0; e < 4; ++e) memcpy(to + e * 64, four + e, 4);
       }
+#elif defined(__AVX2__)
+      for (; c + 8 <= d; c += 8) {
+        const __m256i x = _mm256_cvtps_epi32(_mm256_loadu_ps(row + c));
+        const __m128i y = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)), z = _mm_packs_epi16(y, y);
+        int8_t* to = codes + c * LANE_ROWS + i * 4;
+        const int32_t two[2] = {_mm_cvtsi128_si32(z), _mm_extract_epi32(z, 1)};
+        for (int e = 0; e < 2; ++e) memcpy(to + e * 64, two + e, 4);
+      }
 #endif
       for (int e = c; e < wide; ++e) whole[e] = e < d ? (int8_t)row[e] : 0;
       for (; c < wide; c += 4) memcpy(codes + c * LANE_ROWS + i * 4, whole + c, 4);
@@ -153,6 +185,16 @@ void prepare_lanes(const View& q, int64_t b, const int64_t* head_of, const int64
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) _mm512_storeu_ps(panel + (c + i) * LANE_ROWS, r[i]);
   }
+#elif defined(__AVX2__)
+  for (; c < padded; c += 8)
+    for (int half = 0; half < LANE_ROWS; half += 8) {
+      __m256 r[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) r[i] = _mm256_load_ps(all + (half + i) * padded + c);
+      transpose8(r);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) _mm256_storeu_ps(panel + (c + i) * LANE_ROWS + half, r[i]);
+    }
 #endif
   for (; c < d; ++c)
     for (int i = 0; i < LANE_ROWS; ++i) panel[c * LANE_ROWS + i] = all[i * padded + c];
@@ -225,7 +267,51 @@ static uint32_t careful(const KeyScore& s, int64_t base, int n, const float* dot
   return unserved;
 }
 
-#if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
+#if defined(SIEVE_INTEGERS) && !defined(__AMX_INT8__)
+static inline void make_unsigned(const int8_t* q, int64_t n, uint8_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = (uint8_t)(q[i] ^ -128);
+}
+#endif
+
+#if defined(SIEVE_PAIRS)
+// As below, from products of 16 bits: `Steps` pairs are added before they are widened.
+template <int Steps>
+static inline void unsigned_dots(const int8_t* codes, int64_t wide, const uint8_t* q, const int32_t* origin, int keys, float* dots) {
+  constexpr int CHAINS = 2;
+  for (int j = 0; j < keys; j += CHAINS) {
+    __m256i sum[CHAINS][PANEL_VECS];
+#pragma GCC unroll 2
+    for (int i = 0; i < CHAINS; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < PANEL_VECS; ++v) sum[i][v] = _mm256_set1_epi32(origin[j + i]);
+    for (int64_t c = 0; c < wide; c += 4 * Steps) {
+      __m256i part[CHAINS][PANEL_VECS];
+#pragma GCC unroll 4
+      for (int p = 0; p < Steps; ++p)
+#pragma GCC unroll 2
+        for (int v = 0; v < PANEL_VECS; ++v) {
+          const __m256i rows = _mm256_load_si256(reinterpret_cast<const __m256i*>(q + (c + 4 * p) * LANE_ROWS + v * LANES * 4));
+#pragma GCC unroll 2
+          for (int i = 0; i < CHAINS; ++i) {
+            int32_t four;
+            memcpy(&four, codes + (j + i) * wide + c + 4 * p, 4);
+            const __m256i pairs = _mm256_maddubs_epi16(rows, _mm256_set1_epi32(four));
+            part[i][v] = p ? _mm256_add_epi16(part[i][v], pairs) : pairs;
+          }
+        }
+#pragma GCC unroll 2
+      for (int i = 0; i < CHAINS; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < PANEL_VECS; ++v)
+          sum[i][v] = _mm256_add_epi32(sum[i][v], _mm256_madd_epi16(part[i][v], _mm256_set1_epi16(1)));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < CHAINS; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < PANEL_VECS; ++v) *reinterpret_cast<vi_any*>(dots + (int64_t)(j + i) * LANE_ROWS + v * LANES) = (vi)sum[i][v];
+  }
+}
+#elif defined(SIEVE_INTEGERS) && !defined(__AMX_INT8__)
 // dots [keys up to 8][16] = codes times queries, as integers above the bits of MAGIC. Queries are unsigned, 128 too large; what
 // that adds is taken off beforehand.
 static inline void unsigned_dots(const int8_t* codes, int64_t wide, const uint8_t* q, const int32_t* origin, int keys, float* dots) {
@@ -319,11 +405,9 @@ static void score_keys_by(const KeyScore& s) {
     _tile_loadd(4, s.q_codes, 64);
     if (steps > 1) _tile_loadd(5, s.q_codes + 1024, 64);
   }
-#elif defined(__AVX512VNNI__)
+#elif defined(SIEVE_INTEGERS)
   alignas(64) uint8_t unsigned_q[LANE_ROWS * (MOST_CHANNELS + 64)];
-  if (Tiles)
-    for (int i = 0; i < s.wide * LANE_ROWS; i += 64)
-      _mm512_store_si512(unsigned_q + i, _mm512_xor_si512(_mm512_loadu_si512(s.q_codes + i), _mm512_set1_epi8((char)128)));
+  if (Tiles) make_unsigned(s.q_codes, s.wide * LANE_ROWS, unsigned_q);
 #endif
   auto multiply = [&](int64_t b0, float* out) {
     const int64_t b1 = b0 + chunk < l.last ? b0 + chunk : l.last, first = b0 * size;
@@ -337,7 +421,11 @@ static void score_keys_by(const KeyScore& s) {
         tile_dots<2>(codes, s.wide, 2, s.q_codes, magic, keys, out);
       else
         tile_dots<0>(codes, s.wide, steps, s.q_codes, magic, keys, out);
-#elif defined(__AVX512VNNI__)
+#elif defined(SIEVE_PAIRS)
+      // a pair of products is at most 255 * 2 * code: 4, 2 and 1 of them fit 16 bits
+      const auto dots_by = s.bits <= 4 ? unsigned_dots<4> : s.bits == 5 ? unsigned_dots<2> : unsigned_dots<1>;
+      dots_by(s.codes + first * s.wide, s.wide, unsigned_q, s.origin + first, keys, out);
+#elif defined(SIEVE_INTEGERS)
       unsigned_dots(s.codes + first * s.wide, s.wide, unsigned_q, s.origin + first, keys, out);
 #endif
     } else {
@@ -413,8 +501,8 @@ static void score_keys_by(const KeyScore& s) {
 }
 
 void score_keys(const KeyScore& s) {
-#if defined(__AMX_INT8__) || defined(__AVX512VNNI__)
-  if (s.q_codes && s.codes) return s.eight_bits ? score_keys_by<true, true>(s) : score_keys_by<true, false>(s);
+#if defined(SIEVE_INTEGERS)
+  if (s.q_codes && s.codes) return s.bits == 8 ? score_keys_by<true, true>(s) : score_keys_by<true, false>(s);
 #endif
   score_keys_by<false, false>(s);
 }

@@ -15,15 +15,15 @@ constexpr int GEMM_ROWS = 2, GEMM_PANELS = 1;
 constexpr int GEMM_VECS = GEMM_PANELS * PANEL_VECS;
 constexpr int GEMM_COLS = GEMM_VECS * LANES;
 
-// c[r][q * 16 + i] = sum_k a[r * rs + k] * panel[q][k * 16 + i]
-template <int R, int Q>
+// c[r][q * 16 + i] = sum_k a[r * rs + k] * panel[q][k * 16 + i], or += with Add
+template <int R, int Q, bool Add = false>
 static inline void panels_block(const float* a, int64_t rs, int n, const float* const* panel, float* c, int64_t ldc) {
   constexpr int C = Q * PANEL_VECS;
   vf acc[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) acc[r][j] = vf{};
+    for (int j = 0; j < C; ++j) acc[r][j] = Add ? load(c + r * ldc + j * LANES) : vf{};
   for (int k = 0; k < n; ++k) {
     vf b[C];
 #pragma GCC unroll 8
@@ -123,6 +123,33 @@ static inline void times_rows(const float* a, int64_t rs, int64_t ks, int rows, 
   int64_t j = 0;
   for (; j + GEMM_COLS <= columns; j += GEMM_COLS) rows_columns<GEMM_VECS>(a, rs, ks, rows, n, row, j, c, ldc);
   for (; j + PANEL <= columns; j += PANEL) rows_columns<PANEL_VECS>(a, rs, ks, rows, n, row, j, c, ldc);
+}
+
+constexpr int64_t GATHERED_BYTES = 16384;  // half of the first cache of machines with 8 lanes
+
+template <int R>
+static inline void gathered_rows(const float* a, int64_t rs, int n, const float* gathered, int columns, float* c, int64_t ldc) {
+  for (int j = 0; j < columns; j += PANEL, gathered += (int64_t)n * PANEL) panels_block<R, 1, true>(a, rs, n, &gathered, c + j, ldc);
+}
+
+// times_rows with ks = 1, from copies of a few rows in which 16 columns of all of them lie side by side: rows that are a power of
+// two apart share few sets of the cache, and would be read again and again from behind it. `gathered` has room for GATHERED_BYTES
+// or 16 rows. Sums are those of times_rows to the bit.
+static inline void times_gathered(const float* a, int64_t rs, int rows, int n, const float* const* row, int columns, float* gathered,
+                                  float* c, int64_t ldc) {
+  const int64_t most = GATHERED_BYTES / 4 / columns / PANEL * PANEL;
+  const int step = most < PANEL ? PANEL : (int)most;
+  for (int k = 0; k < n; k += step, a += step, row += step) {
+    const int some = n - k < step ? n - k : step;
+    float* to = gathered;
+    for (int j = 0; j < columns; j += PANEL)
+      for (int i = 0; i < some; ++i, to += PANEL)
+        for (int e = 0; e < PANEL; e += LANES) store(to + e, load(row[i] + j + e));
+    int r = 0;
+    for (; r + GEMM_ROWS <= rows; r += GEMM_ROWS) gathered_rows<GEMM_ROWS>(a + r * rs, rs, some, gathered, columns, c + r * ldc, ldc);
+    for (; r + 2 <= rows; r += 2) gathered_rows<2>(a + r * rs, rs, some, gathered, columns, c + r * ldc, ldc);
+    for (; r < rows; ++r) gathered_rows<1>(a + r * rs, rs, some, gathered, columns, c + r * ldc, ldc);
+  }
 }
 
 }  // namespace SIEVE_LEVEL

@@ -272,6 +272,15 @@ static inline void pack_planes(const uint8_t* codes, int d, int bits, uint8_t* p
       memcpy(planes + p * stride + c / 8, &bit, 8);
     }
   }
+#elif defined(__AVX2__)
+  const __m256i flip = _mm256_broadcastsi128_si256(_mm_set_epi8(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  for (; c + 32 <= d; c += 32) {
+    const __m256i x = _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + c)), flip);
+    for (int p = 0; p < bits; ++p) {
+      const int32_t bit = _mm256_movemask_epi8(_mm256_sll_epi16(x, _mm_cvtsi32_si128(8 - bits + p)));  // the highest of each byte
+      memcpy(planes + p * stride + c / 8, &bit, 4);
+    }
+  }
 #endif
   for (; c < d; c += 8)
     for (int p = 0; p < bits; ++p) {

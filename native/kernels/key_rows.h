@@ -17,14 +17,21 @@ static inline void read_keys(const KeyScore& s, int64_t first, int n, float* row
     const int8_t* code = s.codes + (first + i) * s.wide;
     int c = 0;
 #if defined(__AVX512F__)
-    const __m512i one = _mm512_set1_epi32(s.eight_bits ? 1 : 0);
+    const __m512i one = _mm512_set1_epi32(s.bits == 8 ? 1 : 0);
     for (; c < s.wide; c += 16) {
       __m512i x = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(code + c)));
-      if (s.eight_bits) x = _mm512_add_epi32(_mm512_add_epi32(x, x), one);
+      if (s.bits == 8) x = _mm512_add_epi32(_mm512_add_epi32(x, x), one);
       _mm512_storeu_ps(row + c, _mm512_cvtepi32_ps(x));
     }
+#elif defined(__AVX2__)
+    const __m256i one = _mm256_set1_epi32(s.bits == 8 ? 1 : 0);
+    for (; c < s.wide; c += 8) {
+      __m256i x = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(code + c)));
+      if (s.bits == 8) x = _mm256_add_epi32(_mm256_add_epi32(x, x), one);
+      _mm256_storeu_ps(row + c, _mm256_cvtepi32_ps(x));
+    }
 #else
-    for (; c < s.wide; ++c) row[c] = s.eight_bits ? (float)(2 * code[c] + 1) : (float)code[c];
+    for (; c < s.wide; ++c) row[c] = s.bits == 8 ? (float)(2 * code[c] + 1) : (float)code[c];
 #endif
     // behind the last channel the query is zero, whatever the code
   }

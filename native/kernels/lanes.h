@@ -29,6 +29,8 @@ static inline vf log2_(vf x) {
 static inline vf sqrt_(vf x) {
 #if defined(__AVX512F__)
   return (vf)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)x);
 #else
   vf root;
   for (int i = 0; i < LANES; ++i) root[i] = __builtin_sqrtf(x[i]);
@@ -36,7 +38,7 @@ static inline vf sqrt_(vf x) {
 #endif
 }
 
-// 2^x for estimates: errs by at most 1.1e-4 of the result (exp2_<5> where there is no instruction to split a number)
+// 2^x for estimates: errs by at most 1.1e-4 of the result; without an instruction to split a number, x counts as one of -126..127
 static inline vf weight(vf x) {
 #if defined(__AVX512F__)
   const __m512 f = _mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
@@ -46,7 +48,13 @@ static inline vf weight(vf x) {
   p = p * (vf)f + 9.9989274e-1f;
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // takes the floor itself
 #else
-  return exp2_<5>(x > splat(127.0f) ? splat(127.0f) : x);  // what overflows must be seen to
+  x = max_(splat(-126.0f), min_(splat(127.0f), x));  // what overflows must be seen to
+  const vf above = x + MAGIC, f = x - (above - MAGIC);
+  vf p = splat(5.51716685295105e-2f);
+  p = p * f + 2.426111251115799e-1f;
+  p = p * f + 6.932609677314758e-1f;
+  p = p * f + 9.999280571937561e-1f;
+  return p * power(above);
 #endif
 }
 

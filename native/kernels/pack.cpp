@@ -33,6 +33,18 @@ void pack_keys(const View& k, int64_t b, int64_t h, int64_t first, int64_t last,
         for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + (c + i) * PANEL, r[i]);
       }
     }
+#elif defined(__AVX2__)
+    if (there == PANEL && k.stride[3] == 1) {
+      for (; c + 8 <= d; c += 8)
+        for (int half = 0; half < PANEL; half += 8) {
+          __m256 r[8];
+#pragma GCC unroll 8
+          for (int i = 0; i < 8; ++i) r[i] = (__m256)load_as_float(at(k, b, h, base + half + i, c), 0, k.dtype);
+          transpose8(r);
+#pragma GCC unroll 8
+          for (int i = 0; i < 8; ++i) _mm256_storeu_ps(out + (c + i) * PANEL + half, r[i]);
+        }
+    }
 #endif
     for (int i = 0; i < PANEL; ++i)
       for (int j = c; j < d; ++j) out[j * PANEL + i] = i < there ? read_one(at(k, b, h, base + i, j), 0, k.dtype) : 0.0f;

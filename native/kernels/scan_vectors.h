@@ -26,11 +26,21 @@ void pack_scan(const int8_t* q, int32_t d, int32_t rows, int32_t, void* out) {
     for (int c = 0; c < d; ++c) to[r * wide + (c ^ 7)] = q[(int64_t)r * d + c];
 }
 
+// A copy of known length is one load; any other goes through memory byte by byte, and then waits for it.
+template <class Word>
+static inline Word first_bits(const uint8_t* at, int64_t bytes) {
+  Word bits = 0;
+  if (bytes >= (int64_t)sizeof(Word))
+    memcpy(&bits, at, sizeof(Word));
+  else
+    memcpy(&bits, at, bytes);
+  return bits;
+}
+
 // `code` with `weight` added to every byte whose bit of `at` is set; `bytes` of `at` may be read.
 #if defined(__AVX512BW__)
 static inline vb plane_of(const uint8_t* at, int64_t bytes, vb code, int weight) {
-  uint64_t bits = 0;
-  memcpy(&bits, at, bytes < 8 ? bytes : 8);
+  const uint64_t bits = first_bits<uint64_t>(at, bytes);
   return _mm512_mask_add_epi8(code, bits, code, _mm512_set1_epi8((char)weight));
 }
 static inline vb zero_bytes() { return _mm512_setzero_si512(); }
@@ -64,8 +74,7 @@ static inline void put_sums(const vb* v, int32_t* to) {
 }
 #else
 static inline vb plane_of(const uint8_t* at, int64_t bytes, vb code, int weight) {
-  int32_t bits = 0;
-  memcpy(&bits, at, bytes < 4 ? bytes : 4);
+  const int32_t bits = first_bits<int32_t>(at, bytes);
   const __m256i byte = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
   const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull);
   const __m256i mine = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), bit);

@@ -125,6 +125,8 @@ static inline vf round_even(vf x) {
 #endif
 }
 
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: an integer added to its bits is that integer added to the number
+
 // 2^x: NaN for NaN, exactly 0 for -inf. 6 terms err by 8e-8 of the result, 5 by 3e-6.
 #if defined(__AVX512F__)
 // 2^floor(x) comes from the scaling itself, the rest from a polynomial on [0, 1); no special case needs a look
@@ -149,12 +151,15 @@ static inline vf exp2_(vf x) {
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
 }
 #else
+// 2^n from n + MAGIC, whose last bits are those of n, from -126 to 127
+static inline vf power(vf above) { return (vf)(((vi)above + 127) << 23); }
+
 // (Just below 2^-126 lie denormal numbers, which cost a hundred times as much: what is masked must not become one on its way.)
 template <int Terms>
 static inline vf exp2_(vf x) {
   const vi tiny = x < splat(-125.0f);
-  x = splat(-125.0f) > x ? splat(-125.0f) : x;
-  const vf n = round_even(x), f = x - n;
+  x = max_(splat(-125.0f), x);
+  const vf above = x + MAGIC, f = x - (above - MAGIC);
   vf p;
   if constexpr (Terms >= 6) {
     p = splat(1.3276472454890609e-3f);
@@ -170,10 +175,7 @@ static inline vf exp2_(vf x) {
     p = p * f + 6.931217908859253e-1f;
     p = p * f + 9.999992847442627e-1f;
   }
-  vi whole;
-  for (int i = 0; i < LANES; ++i) whole[i] = (int32_t)(n[i] == n[i] ? n[i] : 0.0f);
-  const vf r = p * (vf)((whole + 127) << 23);
-  return (vf)(~tiny & (vi)r);
+  return (vf)(~tiny & (vi)(p * power(above)));
 }
 
 #endif
@@ -305,6 +307,19 @@ static inline void write_row(const float* x, int n, void* p, int64_t stride, DTy
   if (stride == 1 && t == F32) {
     for (; i + LANES <= n; i += LANES) store(static_cast<float*>(p) + i, load(x + i));
   }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (stride == 1 && t == BF16)
+    for (; i + 8 <= n; i += 8) {
+      const vi bits = (vi)load(x + i), odd = (bits >> 16) & splat_int(1), number = ~((bits & splat_int(0x7fffffff)) > splat_int(0x7f800000));
+      const vi rounded = (number & (bits + 0x7fff + odd)) | (~number & (bits | splat_int(0x400000)));
+      const __m256i high = _mm256_srli_epi32((__m256i)rounded, 16);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(p) + i),
+                       _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+    }
+  if (stride == 1 && t == F16)
+    for (; i + 8 <= n; i += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(p) + i), _mm256_cvtps_ph((__m256)load(x + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
 #if defined(__AVX512BF16__)
   if (stride == 1 && t == BF16)
     for (; i + LANES <= n; i += LANES)
