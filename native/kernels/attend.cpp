@@ -69,7 +69,7 @@ void attend(const Tile& t) {
   const bool shaped = transformed(t);
   const int step = wide > 64 ? 64 : CHUNK;  // long rows fall on few sets of the cache: take fewer at a time
   float* gathered = marks + (int64_t)MAX_ROWS * wide;
-  const bool gathers = LANES == 8 && t.rows >= 4 * GEMM_ROWS;  // copies pay where many rows read them
+  const bool gathers = gathering(t.rows);
   Softmax x;
   const FlushToZero flush;
   start(t, x, wide);

@@ -15,9 +15,9 @@ constexpr int GEMM_ROWS = 2, GEMM_PANELS = 1;
 constexpr int GEMM_VECS = GEMM_PANELS * PANEL_VECS;
 constexpr int GEMM_COLS = GEMM_VECS * LANES;
 
-// c[r][q * 16 + i] = sum_k a[r * rs + k] * panel[q][k * 16 + i], or += with Add
+// c[r][q * 16 + i] = sum_k a[r * rs + k * ks] * panel[q][k * 16 + i], or += with Add
 template <int R, int Q, bool Add = false>
-static inline void panels_block(const float* a, int64_t rs, int n, const float* const* panel, float* c, int64_t ldc) {
+static inline __attribute__((always_inline)) void panels_block(const float* a, int64_t rs, int64_t ks, int n, const float* const* panel, float* c, int64_t ldc) {
   constexpr int C = Q * PANEL_VECS;
   vf acc[R][C];
 #pragma GCC unroll 8
@@ -30,7 +30,7 @@ static inline void panels_block(const float* a, int64_t rs, int n, const float* 
     for (int j = 0; j < C; ++j) b[j] = load(panel[j / PANEL_VECS] + (int64_t)k * PANEL + j % PANEL_VECS * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const vf x = splat(a[r * rs + k]);
+      const vf x = splat(a[r * rs + k * ks]);
 #pragma GCC unroll 8
       for (int j = 0; j < C; ++j) acc[r][j] += x * b[j];
     }
@@ -71,18 +71,18 @@ static inline void rows_block(const float* a, int64_t rs, int64_t ks, int n, con
 template <int Q>
 static inline void panels_rows(const float* a, int64_t rs, int rows, int n, const float* const* panel, float* c, int64_t ldc) {
   int r = 0;
-  for (; r + GEMM_ROWS <= rows; r += GEMM_ROWS) panels_block<GEMM_ROWS, Q>(a + r * rs, rs, n, panel, c + r * ldc, ldc);
+  for (; r + GEMM_ROWS <= rows; r += GEMM_ROWS) panels_block<GEMM_ROWS, Q>(a + r * rs, rs, 1, n, panel, c + r * ldc, ldc);
   if constexpr (GEMM_ROWS > 4)
     if (r + 4 <= rows) {
-      panels_block<4, Q>(a + r * rs, rs, n, panel, c + r * ldc, ldc);
+      panels_block<4, Q>(a + r * rs, rs, 1, n, panel, c + r * ldc, ldc);
       r += 4;
     }
   if constexpr (GEMM_ROWS > 2)
     if (r + 2 <= rows) {
-      panels_block<2, Q>(a + r * rs, rs, n, panel, c + r * ldc, ldc);
+      panels_block<2, Q>(a + r * rs, rs, 1, n, panel, c + r * ldc, ldc);
       r += 2;
     }
-  for (; r < rows; ++r) panels_block<1, Q>(a + r * rs, rs, n, panel, c + r * ldc, ldc);
+  for (; r < rows; ++r) panels_block<1, Q>(a + r * rs, rs, 1, n, panel, c + r * ldc, ldc);
 }
 
 // c [rows][panels * 16] = a [rows][n] times packed panels [n][16]
@@ -127,28 +127,42 @@ static inline void times_rows(const float* a, int64_t rs, int64_t ks, int rows, 
 
 constexpr int64_t GATHERED_BYTES = 16384;  // half of the first cache of machines with 8 lanes
 
-template <int R>
-static inline void gathered_rows(const float* a, int64_t rs, int n, const float* gathered, int columns, float* c, int64_t ldc) {
-  for (int j = 0; j < columns; j += PANEL, gathered += (int64_t)n * PANEL) panels_block<R, 1, true>(a, rs, n, &gathered, c + j, ldc);
+// 16 columns of all rows side by side: rows that are a power of two apart share few sets of the cache, and where many read them
+// they would come again and again from behind it. Here that pays; elsewhere the cache has more ways.
+constexpr bool gathering(int readers) { return LANES == 8 && readers >= 2 * GEMM_ROWS; }
+
+static inline void gather_columns(const float* const* row, int n, int columns, float* out) {
+  for (int j = 0; j < columns; j += PANEL)
+    for (int i = 0; i < n; ++i, out += PANEL)
+      for (int e = 0; e < PANEL; e += LANES) store(out + e, load(row[i] + j + e));
 }
 
-// times_rows with ks = 1, from copies of a few rows in which 16 columns of all of them lie side by side: rows that are a power of
-// two apart share few sets of the cache, and would be read again and again from behind it. `gathered` has room for GATHERED_BYTES
-// or 16 rows. Sums are those of times_rows to the bit.
+template <int R>
+static inline void gathered_rows(const float* a, int64_t rs, int64_t ks, int n, const float* gathered, int columns, float* c,
+                                 int64_t ldc) {
+  for (int j = 0; j < columns; j += PANEL, gathered += (int64_t)n * PANEL) panels_block<R, 1, true>(a, rs, ks, n, &gathered, c + j, ldc);
+}
+
+// times_rows from gathered columns; sums are the same to the bit.
+static inline void times_columns(const float* a, int64_t rs, int64_t ks, int rows, int n, const float* gathered, int columns, float* c,
+                                 int64_t ldc) {
+  int r = 0;
+  for (; r + GEMM_ROWS <= rows; r += GEMM_ROWS) gathered_rows<GEMM_ROWS>(a + r * rs, rs, ks, n, gathered, columns, c + r * ldc, ldc);
+  if constexpr (GEMM_ROWS > 4)
+    for (; r + 4 <= rows; r += 4) gathered_rows<4>(a + r * rs, rs, ks, n, gathered, columns, c + r * ldc, ldc);
+  for (; r + 2 <= rows; r += 2) gathered_rows<2>(a + r * rs, rs, ks, n, gathered, columns, c + r * ldc, ldc);
+  for (; r < rows; ++r) gathered_rows<1>(a + r * rs, rs, ks, n, gathered, columns, c + r * ldc, ldc);
+}
+
+// times_rows with ks = 1 from copies of a few rows at a time. `gathered` has room for GATHERED_BYTES or 16 rows.
 static inline void times_gathered(const float* a, int64_t rs, int rows, int n, const float* const* row, int columns, float* gathered,
                                   float* c, int64_t ldc) {
   const int64_t most = GATHERED_BYTES / 4 / columns / PANEL * PANEL;
   const int step = most < PANEL ? PANEL : (int)most;
-  for (int k = 0; k < n; k += step, a += step, row += step) {
+  for (int k = 0; k < n; k += step) {
     const int some = n - k < step ? n - k : step;
-    float* to = gathered;
-    for (int j = 0; j < columns; j += PANEL)
-      for (int i = 0; i < some; ++i, to += PANEL)
-        for (int e = 0; e < PANEL; e += LANES) store(to + e, load(row[i] + j + e));
-    int r = 0;
-    for (; r + GEMM_ROWS <= rows; r += GEMM_ROWS) gathered_rows<GEMM_ROWS>(a + r * rs, rs, some, gathered, columns, c + r * ldc, ldc);
-    for (; r + 2 <= rows; r += 2) gathered_rows<2>(a + r * rs, rs, some, gathered, columns, c + r * ldc, ldc);
-    for (; r < rows; ++r) gathered_rows<1>(a + r * rs, rs, some, gathered, columns, c + r * ldc, ldc);
+    gather_columns(row + k, some, columns, gathered);
+    times_columns(a + k, rs, 1, rows, some, gathered, columns, c, ldc);
   }
 }
 

@@ -10,7 +10,10 @@ constexpr int STEP_PANELS = 4;  // panels at a time: logits, weights and slopes 
 constexpr int STEP = STEP_PANELS * PANEL;
 constexpr int STRIDE = STEP + 16;
 
-int64_t gradient_scratch(int32_t, int32_t) { return 3 * MAX_ROWS * STRIDE * 4; }
+int64_t gradient_scratch(int32_t d, int32_t dv) {
+  const int64_t wide_d = up(d, 16), gathered = MAX_ROWS * (wide_d + up(dv, 16)) * 4 + up(GATHERED_BYTES, wide_d * PANEL * 4);
+  return 3 * MAX_ROWS * STRIDE * 4 + gathered;
+}
 
 void gradient(const TileGradient& g) {
   const Tile& t = g.tile;
@@ -19,10 +22,22 @@ void gradient(const TileGradient& g) {
   float* s = static_cast<float*>(t.scratch);
   float* slope = s + MAX_ROWS * STRIDE;
   float* capped = slope + MAX_ROWS * STRIDE;
+  float* gathered_pull = capped + MAX_ROWS * STRIDE;
+  float* gathered_query = gathered_pull + MAX_ROWS * wide_v;
+  float* gathered_keys = gathered_query + MAX_ROWS * wide_d;
   const float* keys = static_cast<const float*>(t.k);
   const float* q = static_cast<const float*>(t.q);
   const float unit = exponent_unit(t);
-  const bool shaped = transformed(t), cap = t.softcap != 0.0f;
+  const bool shaped = transformed(t), cap = t.softcap != 0.0f, gathers = gathering(t.rows);
+  const float *query[MAX_ROWS], *pull[MAX_ROWS];
+  for (int r = 0; r < t.rows; ++r) {
+    query[r] = g.q_clean + r * wide_d;
+    pull[r] = g.d_out + r * wide_v;
+  }
+  if (gathers) {
+    gather_columns(pull, t.rows, (int)wide_v, gathered_pull);
+    gather_columns(query, t.rows, (int)wide_d, gathered_query);
+  }
   for (int n = 0; n < t.panels; n += STEP_PANELS) {
     const int count = t.panels - n < STEP_PANELS ? t.panels - n : STEP_PANELS;
     const float* panel[STEP_PANELS];
@@ -69,17 +84,20 @@ void gradient(const TileGradient& g) {
         store(dr + i, x);
       }
     }
-    times_rows(slope, STRIDE, 1, t.rows, rows, row, (int)wide_d, g.dq, wide_d);
-    const float *query[MAX_ROWS], *pull[MAX_ROWS];
-    for (int r = 0; r < t.rows; ++r) {
-      query[r] = g.q_clean + r * wide_d;
-      pull[r] = g.d_out + r * wide_v;
-    }
+    if (gathers)
+      times_gathered(slope, STRIDE, t.rows, rows, row, (int)wide_d, gathered_keys, g.dq, wide_d);
+    else
+      times_rows(slope, STRIDE, 1, t.rows, rows, row, (int)wide_d, g.dq, wide_d);
     for (int p = 0; p < count; ++p) {
       const int64_t key = (int64_t)t.panel[n + p] * PANEL;
       const int there = (int)(t.kv_len - key < PANEL ? t.kv_len - key : PANEL);
-      times_rows(s + p * PANEL, 1, STRIDE, there, t.rows, pull, (int)wide_v, g.dv + key * wide_v, wide_v);
-      times_rows(slope + p * PANEL, 1, STRIDE, there, t.rows, query, (int)wide_d, g.dk + key * wide_d, wide_d);
+      if (gathers) {
+        times_columns(s + p * PANEL, 1, STRIDE, there, t.rows, gathered_pull, (int)wide_v, g.dv + key * wide_v, wide_v);
+        times_columns(slope + p * PANEL, 1, STRIDE, there, t.rows, gathered_query, (int)wide_d, g.dk + key * wide_d, wide_d);
+      } else {
+        times_rows(s + p * PANEL, 1, STRIDE, there, t.rows, pull, (int)wide_v, g.dv + key * wide_v, wide_v);
+        times_rows(slope + p * PANEL, 1, STRIDE, there, t.rows, query, (int)wide_d, g.dk + key * wide_d, wide_d);
+      }
     }
   }
 }
