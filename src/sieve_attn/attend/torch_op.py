@@ -187,7 +187,7 @@ def _backward_attend(ctx, grad_output, grad_lse):
 attend_op.register_autograd(_backward_attend, setup_context=_setup_attend)
 
 
-def _nobody_watches(call: Call) -> bool:
+def nobody_watches(call: Call) -> bool:
     """Neither autograd nor a transform nor a tensor of another kind needs to see an operator: it can be passed by."""
     tensors = [x for x in (call.query, call.key, call.value, call.mask, call.key_mask, call.bias, call.sink) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -200,7 +200,7 @@ _modes = torch._C._len_torch_dispatch_stack
 
 
 def attend(call: Call, selection: Selection, backend: str, field: far.FarField | None) -> tuple[Tensor, Tensor]:
-    if _nobody_watches(call):
+    if nobody_watches(call):
         with torch_ops.no_grad():
             return dispatch.module(backend).attend(call, selection, field)
     parts, spec = pack(selection)
