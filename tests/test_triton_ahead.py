@@ -1,4 +1,4 @@
-"""Every kernel compiled for cards that are not here, held to a budget: nothing spilled up to head_dim 128, memory that fits.
+"""Every kernel compiled for cards that are not here, held to a budget: nothing spilled (but by fp32 at 256), memory that fits.
 
 A process without Triton's interpreter, so these tests lie outside of `tests/triton`.
 """
@@ -68,8 +68,10 @@ def streaming(card, dtype, dim, group, q_len=1):
 def check(name, launch, card, dim):
     built = compile_ahead(launch.kernel, launch.arguments, launch.warps, launch.stages, card)
     assert built.fits(card), f"{name}: {built}"
-    assert dim > 128 or built.spilled == 0, f"{name}: {built}"
-    if name not in ("shift", "merge") and launch.arguments["query"].ptr.dtype != torch.float32:
+    full = "query" in launch.arguments and launch.arguments["query"].ptr.dtype == torch.float32
+    # rows of 256 numbers in full fp32 leave some bytes over
+    assert built.spilled == 0 or (full and dim > 128), f"{name}: {built}"
+    if name not in ("shift", "merge") and not full:
         assert built.tensor_cores, f"{name} makes no use of tensor cores"
 
 

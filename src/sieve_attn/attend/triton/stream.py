@@ -250,7 +250,9 @@ def launches(
         "WIDE": wide(call, view(call.query), view(parts)),
     }  # fmt: skip
     # a pipeline costs registers that only a few rows leave free
-    first = Launch(stream_kernel, units * runs, arguments, 4, 1 if short or queries > 1 else 2)
+    first = Launch(
+        stream_kernel, units * runs, arguments, 8 if max(block_d, block_v) > 128 else 4, 1 if short or queries > 1 else 2
+    )
     return [first, merge(parts, part_lse, out, lse, call.sink, runs, block_v)]
 
 
