@@ -232,7 +232,7 @@ def launches(
     columns = max(16, step)
     made["counts"] = torch.empty((units, runs, 3), dtype=torch.int64, device=device)
     mean = rows_in_line(geometry.mean, 2)
-    short = call.query.element_size() > 2 or max(block_d, block_v) > 128
+    full, broad = call.query.element_size() > 2, max(block_d, block_v) > 128
     arguments = {
         "query": view(call.query.detach()), "key": view(call.key.detach()), "value": view(call.value.detach()),
         "parts": view(parts), "part_lse": part_lse, "mean": mean, "radius": geometry.radius.contiguous(),
@@ -244,15 +244,14 @@ def launches(
         "kv_len": call.kv_len, "offset": call.offset, "lead": lead, "tiles": tiles, "blocks": blocks,
         "window": call.window or 0, "sinks": sinks, "near": near, "mean_b": mean.stride(0), "mean_h": mean.stride(1),
         "DIM": dim, "V_DIM": v_dim, "BLOCK_D": block_d, "BLOCK_V": block_v, "LANES": lanes, "PACK": pack,
-        "BLOCK_N": 32, "TILE": policy.query_tile, "SIZE": size, "STEP": step, "COLUMNS": columns,
+        "BLOCK_N": 16 if full else 32, "TILE": policy.query_tile, "SIZE": size, "STEP": step, "COLUMNS": columns,
         "STEPS": steps, "RUNS": runs, "HEADS": heads, "GROUP": group, "CAUSAL": bool(call.causal),
         "WINDOW": call.window is not None, "PACKED": packed, "MASKED": masked, "SINKS": sinks > 0, "NEAR": near > 0,
         "WIDE": wide(call, view(call.query), view(parts)),
     }  # fmt: skip
     # a pipeline costs registers that only a few rows leave free
-    first = Launch(
-        stream_kernel, units * runs, arguments, 8 if max(block_d, block_v) > 128 else 4, 1 if short or queries > 1 else 2
-    )
+    stages = 1 if full or broad or queries > 1 else 2
+    first = Launch(stream_kernel, units * runs, arguments, 8 if full or broad else 4, stages)
     return [first, merge(parts, part_lse, out, lse, call.sink, runs, block_v)]
 
 
