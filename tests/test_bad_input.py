@@ -182,6 +182,10 @@ def test_geometries_must_fit():
 BAD_POLICIES = {
     "NaN threshold": (lambda: policies.Aether(math.nan), ValueError, ("`threshold`", "not NaN", "nan", "float('-inf')")),
     "NaN margin": (lambda: selection.RelativeThreshold(math.nan), ValueError, ("`margin`", "nan")),
+    "NaN running margin": (lambda: selection.RunningMaximum(math.nan), ValueError, ("`margin`", "nan")),
+    "negative running margin": (lambda: selection.RunningMaximum(-1.0), ValueError, ("`margin`", "at least 0", "-1.0")),
+    "step of a run": (lambda: selection.RunningMaximum(step=0), ValueError, ("`step`", "0")),
+    "run of half a step": (lambda: selection.RunningMaximum(step=64, run=96), ValueError, ("`run`", "multiple of step", "96")),
     "negative margin": (lambda: selection.RelativeThreshold(-1.0), ValueError, ("`margin`", "at least 0", "-1.0")),
     "mass above 1": (lambda: policies.Adaptive(1.5), ValueError, ("`mass`", "[0, 1]", "1.5", "0.99")),
     "mass below 0": (lambda: policies.Adaptive(-0.1), ValueError, ("`mass`", "[0, 1]", "-0.1")),

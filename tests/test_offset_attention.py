@@ -255,6 +255,11 @@ def test_the_plan_follows_cost_and_is_reported():
     assert choose_plan("auto", primes, 16_384, 16_384, "bfloat16", "amx").name == "wheel"
     assert choose_plan("auto", squares, 16_384, 16_384, "bfloat16", "amx").name == "diagonals"
     assert choose_plan("auto", primes, 1, 16_384, "bfloat16", "amx").name == "diagonals"
+    for gradient in (False, True):
+        # on a GPU tiles are cheaper still
+        made = choose_plan("auto", primes, 16_384, 16_384, "bfloat16", "cuda", gradient=gradient)
+        assert (made.name, made.modulus, len(made.residues) >= 8) == ("wheel", 30, True)
+        assert choose_plan("auto", primes, 64, 16_384, "bfloat16", "cuda", gradient=gradient).name == "diagonals"
     even = reach(patterns.Dilated(8_000, 2), 16_384)
     for gradient in (False, True):
         dense = choose_plan("auto", even, 16_384, 16_384, "float32", "avx512", gradient=gradient)

@@ -1,27 +1,32 @@
 """What every selector keeps: worked by hand, by law, and through every block size and length."""
 
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sieve_attn import attention
+from sieve_attn import attention, pipeline
 from sieve_attn import geometry as stage_geometry
+from sieve_attn.arrays import torch_ops
 from sieve_attn.patterns import Sinks, Union, Window
 from sieve_attn.pipeline import select
 from sieve_attn.policies import Adaptive, Aether, Certified, Policy, Quest, TopBlocks
 from sieve_attn.scores import Box, EventRadar, Exact, Heuristic, KeySketch, Mean, Random
 from sieve_attn.selection import Certified as CertifiedSelector
-from sieve_attn.selection import Mass, RelativeThreshold, TargetSparsity, Threshold, TopK
+from sieve_attn.selection import Mass, RelativeThreshold, RunningMaximum, TargetSparsity, Threshold, TopK
 from sieve_attn.selection.top_k import target_blocks
 from sieve_attn.testing import PatternContract, SelectorContract, Shape, assert_close
 from sieve_attn.testing.contracts import a_call
 from sieve_attn.testing.strategies import gaussian
-from sieve_attn.types import Call
+from sieve_attn.types import Call, Geometry, Sketch
 
-SELECTORS = (Threshold(0.5), RelativeThreshold(1.0), TopK(3), TargetSparsity(0.6), Mass(0.8), CertifiedSelector(0.1))
+SELECTORS = (
+    Threshold(0.5), RelativeThreshold(1.0), TopK(3), TargetSparsity(0.6), Mass(0.8), CertifiedSelector(0.1),
+    RunningMaximum(0.5, step=16, run=32),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("selector", SELECTORS, ids=lambda s: type(s).__name__, scope="class")
@@ -36,6 +41,32 @@ class TestEveryPattern(PatternContract):
     @pytest.fixture(autouse=True)
     def _given(self, pattern):
         self.pattern = pattern
+
+
+def elsewhere(x):
+    """On a device whose numbers nobody can read."""
+    if isinstance(x, torch.Tensor):
+        return x.to("meta")
+    if isinstance(x, (Sketch, Geometry)):
+        return replace(x, **{f.name: elsewhere(getattr(x, f.name)) for f in fields(x)})
+    return x
+
+
+@pytest.mark.parametrize("policy", [Certified(0.1), Policy(Box(), RunningMaximum(2.0))], ids=lambda p: type(p.selector).__name__)
+def test_array_operations_choose_on_a_device_without_waiting_for_it(policy):
+    q, k, v = gaussian(1, Shape(1, 4, 2, 70, 130, 8, 4))
+    geometry = stage_geometry.build(k, policy.block_size, policy.statistics)
+    call = Call(elsewhere(q), elsewhere(k), elsewhere(v), causal=True, scale=0.3)
+    selection, (kept, visible), _ = pipeline._choose(call, elsewhere(geometry), policy, False, "auto")
+    assert selection.blocks.block_index.shape[0] == 2 * 3 * 9  # room for every block of every tile
+    assert kept.shape == visible.shape == (1, 2, 3)
+
+
+def test_lists_with_room_to_spare_begin_with_the_same_blocks():
+    kept = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(1)) < 0.4
+    room = torch_ops._with_room(kept)
+    assert room.dtype == torch.int32
+    assert room[: kept.sum()].tolist() == torch_ops.true_columns(kept).tolist() == kept.nonzero()[:, 3].tolist()
 
 
 class Given(Heuristic):

@@ -284,7 +284,15 @@ def geometry_fits(geometry: Any, key: Array, key_mask: Array | None, block_size:
             geometry.statistics,
             "build it with statistics=policy.statistics",
         )
-    xp = arrays.namespace(key)
+    if not arrays.namespace(key).waits(key):
+        geometry_counts(geometry, key, key_mask)
+
+
+def geometry_counts(geometry: Any, key: Array, key_mask: Array | None) -> None:
+    """ValueError unless ``geometry`` was built with ``key_mask``. It reads counts, for which a GPU has to be waited for: there a
+    call does not ask, and a certificate does."""
+    xp, block_size = arrays.namespace(key), geometry.block_size
+    held = (geometry.count.shape[0], geometry.count.shape[1], geometry.kv_len)
     if key_mask is None:
         # no block can count more keys than it has, so the total alone says whether all of them do
         same = int(geometry.count.sum()) == held[0] * held[1] * held[2]

@@ -38,7 +38,7 @@ class OffsetReport:
     """What a call did: the ``plan`` of its output and that of its gradients, who computes them, how many pairs a head.
 
     ``modulus`` and ``tiled_residues`` are those of a wheel, 0 for diagonals. ``estimates`` are what the planner weighed for the
-    output, in milliseconds a head of dimension 64 on one core; queries fewer than 1,024 go by diagonals whatever they say.
+    output, in milliseconds a head of dimension 64 on one core or one GPU; queries fewer than 1,024 go by diagonals anyway.
     """
 
     pattern: str
@@ -120,15 +120,13 @@ def _report(query: Tensor, key: Tensor, value: Tensor, pattern: patterns.Pattern
     q_len, kv_len = query.shape[2], key.shape[2]
     found = stage.reach(pattern, kv_len)
     pairs, density = found.pairs(q_len, kv_len), found.density(q_len, kv_len)
-    if stage.on_device(query, value):
-        return OffsetReport(repr(pattern), "triton", "diagonals", 0, 0, "diagonals", {}, pairs, density)
-    if stage.why_not(query, value):
+    device = stage.on_device(query, value)
+    if not device and stage.why_not(query, value):
         return OffsetReport(repr(pattern), "reference", "reference", 0, 0, "reference", {}, pairs, density)
-    ran, back = (offset_op.chosen(query, key, found, plan, gradient=gradient) for gradient in (False, True))
-    estimates = {option.title: option.cost / 1e6 for option in offset_op.weighed(query, key, found)}
-    return OffsetReport(
-        repr(pattern), "native", ran.name, ran.modulus, len(ran.residues), back.title, estimates, pairs, density
-    )  # fmt: skip
+    ran, back = (offset_op.chosen(query, key, value, found, plan, gradient=gradient) for gradient in (False, True))
+    estimates = {option.title: option.cost / 1e6 for option in offset_op.weighed(query, key, value, found)}
+    backend = "triton" if device else "native"
+    return OffsetReport(repr(pattern), backend, ran.name, ran.modulus, len(ran.residues), back.title, estimates, pairs, density)
 
 
 def _window(pattern: patterns.Pattern) -> int:

@@ -18,10 +18,12 @@ from typing import Any
 from sieve_attn import arrays, checks, dispatch
 from sieve_attn import geometry as stage_geometry
 from sieve_attn.attend import far_field as far
+from sieve_attn.attend import streaming
 from sieve_attn.certify import certify
+from sieve_attn.certify.reference import require_full_precision
 from sieve_attn.policies import FAR_FIELD_BOUND, FAR_FIELD_STATISTICS, Policy
+from sieve_attn.selection import RunningMaximum, native_scan
 from sieve_attn.selection import native as gate
-from sieve_attn.selection import native_scan
 from sieve_attn.selection import triton as device_gate
 from sieve_attn.selection.reference import Tiles, choose
 from sieve_attn.types import Blocks, Call, Certificate, Fallback, Geometry, Ranges, Report, Rows, Scores, Selection, Statistics
@@ -96,7 +98,7 @@ def attention(
     seconds, clock = {}, perf_counter()
     fall_back = tuple
     geometry_from = "given" if geometry is not None else "keys"
-    counts, selected_by = None, ""
+    counts, selected_by, made = None, "", None
     expands = policy.far_field and (selection is not None or call.kv_len >= policy.min_seq_length)
 
     if selection is None and call.kv_len < policy.min_seq_length:
@@ -115,7 +117,7 @@ def attention(
         else:
             checks.geometry_fits(geometry, key, key_mask, policy.block_size, policy.statistics)
         seconds["geometry"], clock = perf_counter() - clock, perf_counter()
-        selection, counts, dense = _choose(call, geometry, policy, per_query, backend)
+        made, (selection, counts, dense) = _stream_or_choose(call, geometry, policy, per_query, backend, name, return_report)
         # how many there are is known on the device: it is asked when somebody reads it
         fall_back = partial(_fallbacks, policy, *counts, dense)
         if return_report:
@@ -127,7 +129,7 @@ def attention(
         if geometry is None or not geometry.has(FAR_FIELD_STATISTICS):
             geometry = stage_geometry.build(key, policy.block_size, policy.statistics, value=value, key_mask=key_mask)
         field = far.FarField(geometry, FAR_FIELD_BOUND)
-    output, lse = _attend(call, selection, name, field)
+    output, lse = made or _attend(call, selection, name, field)
     seconds["attend"] = perf_counter() - clock
 
     results = [output]
@@ -198,8 +200,9 @@ def selection_backend(call: Call, geometry: Geometry, policy: Policy, per_query:
 def _kernels(call: Call, geometry: Geometry, policy: Policy, per_query: bool, backend: str) -> tuple[str, Any]:
     """``(name, module)`` of the kernels that choose for this call: on the device, or in C++ for a few queries or tile by tile."""
     asked = (call, geometry, policy, per_query)
-    if backend in ("auto", "triton") and not device_gate.why_not(*asked, named=backend == "triton"):
-        return "triton", device_gate
+    device = streaming if isinstance(policy.selector, RunningMaximum) else device_gate
+    if backend in ("auto", "triton") and not device.why_not(*asked, named=backend == "triton"):
+        return "triton", device
     for kernels in (native_scan, gate) if backend != "reference" else ():
         if not kernels.why_not(*asked):
             return "native", kernels
@@ -219,13 +222,27 @@ def _choose(call: Call, geometry: Geometry, policy: Policy, per_query: bool, bac
     """``(selection, (kept, visible), tiles that turned dense)``"""
     if policy.selector.needs_brackets:
         # a proof made of rounded products would be none
-        from sieve_attn.certify.reference import require_full_precision
-
         require_full_precision(arrays.namespace(call.query), call.query)
     kernels = _kernels(call, geometry, policy, per_query, backend)[1]
     if kernels is not None:
         return kernels.select(call, geometry, policy)
     return _select(call, geometry, policy, per_query)
+
+
+def _stream_or_choose(
+    call: Call, geometry: Geometry, policy: Policy, per_query: bool, backend: str, name: str, report: bool
+) -> tuple[tuple[Array, Array] | None, tuple]:
+    """``(output and lse or None, what _choose returns)``: one kernel does both where no gradient is wanted, and lists what it
+    read for a ``report`` alone."""
+    if name != "triton" or _kernels(call, geometry, policy, per_query, backend)[1] is not streaming:
+        return None, _choose(call, geometry, policy, per_query, backend)
+    from sieve_attn.attend import torch_op
+
+    require_full_precision(arrays.namespace(call.query), call.query)
+    if not torch_op.nobody_watches(call):
+        return None, _choose(call, geometry, policy, per_query, backend)
+    output, lse, chosen = streaming.attend(call, geometry, policy, marked=report)
+    return (output, lse), chosen() if report else (None, (None, None), None)
 
 
 def _fallbacks(policy: Policy, kept: Array, visible: Array, dense: Array) -> tuple[Fallback, ...]:
@@ -317,6 +334,8 @@ def certificate(
     asked = policy.certifier.proof_statistics | Statistics(value=True)
     if field is not None:
         asked = asked | FAR_FIELD_STATISTICS
+    if geometry is not None and xp.waits(call.key):
+        checks.geometry_counts(geometry, call.key, call.key_mask)
     if geometry is None or not geometry.has(asked):
         geometry = stage_geometry.build(call.key, policy.block_size, asked, value=call.value, key_mask=call.key_mask)
     rounding = dispatch.module(backend).ROUNDING

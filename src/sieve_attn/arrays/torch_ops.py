@@ -204,9 +204,31 @@ def put_along(x, axis, index, part):
     return x.index_copy_(axis, index, part)
 
 
+_LARGEST_ROOM = 1 << 28  # entries that are given room for rather than waited for
+
+
+def waits(x) -> bool:
+    """Whether reading a number of ``x`` would wait for a device."""
+    return x.device.type != "cpu"
+
+
+def true_columns(x):
+    """int32 places along the last axis of the true entries of ``x``, in order; spare room behind them where counting waits."""
+    if waits(x) and x.numel() <= _LARGEST_ROOM:
+        return _with_room(x)
+    return torch.nonzero(x, as_tuple=True)[-1].to(torch.int32)
+
+
+def _with_room(x):
+    flat = x.reshape(-1)
+    slot = torch.where(flat, flat.cumsum(0) - 1, flat.shape[0])
+    column = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device).expand(x.shape).reshape(-1)
+    return torch.zeros(flat.shape[0] + 1, dtype=torch.int32, device=x.device).scatter_(0, slot, column)[:-1]
+
+
 def known_empty(x) -> bool:
-    """Whether no entry is true, as far as can be told now."""
-    return not bool(x.any())
+    """Whether no entry is true, as far as can be told now: a device is not waited for."""
+    return not waits(x) and not bool(x.any())
 
 
 def tabulated(rule, counts, largest):

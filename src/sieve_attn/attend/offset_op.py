@@ -47,17 +47,21 @@ def _found(text: str, limit: int) -> tuple[stage.Reach, Tensor]:
     return found, torch.from_numpy(found.offsets.copy())
 
 
-def chosen(query: Tensor, key: Tensor, found: stage.Reach, plan: str, *, gradient: bool = False) -> stage.Plan:
-    return stage.choose_plan(plan, found, query.shape[2], key.shape[2], *_where(query), gradient=gradient)
+def chosen(query: Tensor, key: Tensor, value: Tensor, found: stage.Reach, plan: str, *, gradient: bool = False) -> stage.Plan:
+    dtype, level = _where(query, value)
+    if level == "cuda" and max(query.shape[3], value.shape[3]) > stage.LARGEST_TILED_DIM:
+        plan = "diagonals"
+    return stage.choose_plan(plan, found, query.shape[2], key.shape[2], dtype, level, gradient=gradient)
 
 
-def weighed(query: Tensor, key: Tensor, found: stage.Reach) -> list[stage.Plan]:
+def weighed(query: Tensor, key: Tensor, value: Tensor, found: stage.Reach) -> list[stage.Plan]:
     """What ``auto`` chooses from."""
-    return stage.weigh(found, query.shape[2], key.shape[2], *_where(query))
+    return stage.weigh(found, query.shape[2], key.shape[2], *_where(query, value))
 
 
-def _where(query: Tensor) -> tuple[str, str]:
-    return str(query.dtype).removeprefix("torch."), native.level() or "portable"
+def _where(query: Tensor, value: Tensor) -> tuple[str, str]:
+    level = "cuda" if stage.on_device(query, value) else native.level() or "portable"
+    return str(query.dtype).removeprefix("torch."), level
 
 
 @torch.library.custom_op("sieve_attn::offset_attention", mutates_args=())
@@ -65,7 +69,7 @@ def offset_op(query: Tensor, key: Tensor, value: Tensor, pattern: str, scale: fl
     """``(output, lse)`` over the keys that ``pattern`` keeps."""
     found, offsets = found_in(pattern, key.shape[2])
     with torch_ops.no_grad():
-        return stage.forward(query, key, value, offsets, found.prefix, scale, chosen(query, key, found, plan))
+        return stage.forward(query, key, value, offsets, found.prefix, scale, chosen(query, key, value, found, plan))
 
 
 @offset_op.register_fake
@@ -80,7 +84,7 @@ def offset_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     found, offsets = found_in(pattern, key.shape[2])
     with torch_ops.no_grad():
-        ran = chosen(query, key, found, plan, gradient=True)
+        ran = chosen(query, key, value, found, plan, gradient=True)
         return stage.backward(query, key, value, offsets, found.prefix, scale, ran, grad_output, grad_lse, output, lse)
 
 

@@ -34,13 +34,17 @@ COSTS = {
     "avx512": {"": (4.0, 1.4)},
     "avx2": {"": (6.0, 4.0)},
     "portable": {"": (20.0, 14.0)},
+    # a GPU, and all of it: diagonals read every pair's key and value from its second cache, tiles multiply on tensor cores
+    # (fp32 on ordinary ones). From the data sheet of an H200, not measured.
+    "cuda": {"": (0.06, 0.006), "float32": (0.12, 0.04)},
 }
 # the EPYC's are measured, so are the diagonals of the Xeon; the others are scaled from the forward costs
 GRADIENT_COSTS = {
     "amx": {"": (9.4, 4.4)}, "vnni": {"": (9.2, 4.1)}, "avx512": {"": (9.2, 4.1)},
-    "avx2": {"": (14.0, 9.0)}, "portable": {"": (45.0, 32.0)},
+    "avx2": {"": (14.0, 9.0)}, "portable": {"": (45.0, 32.0)}, "cuda": {"": (0.2, 0.02), "float32": (0.4, 0.14)},
 }  # fmt: skip
-LARGEST_DIM = 512  # of the device's kernels
+LARGEST_DIM = 512  # of the device's diagonals
+LARGEST_TILED_DIM = 256  # of its wheel
 FEW = 2  # residues with fewer offsets never make tiles
 LEAST_ROWS = 1024  # `auto` does not permute fewer queries
 
@@ -123,7 +127,7 @@ def _pairs_of(offsets: np.ndarray, q_len: int, kv_len: int) -> np.ndarray:
 
 
 def on_device(query: Array, value: Array) -> bool:
-    """Whether Triton's kernels run the call; they go by diagonals, whatever the plan. Their interpreter never serves here."""
+    """Whether Triton's kernels run the call. Their interpreter never serves here."""
     if max(query.shape[3], value.shape[3]) > LARGEST_DIM:
         return False
     device = str(getattr(query, "device", "cpu")).partition(":")[0]
@@ -145,8 +149,10 @@ def why_not(query: Array, value: Array) -> tuple[str, ...]:
 def forward(query: Array, key: Array, value: Array, offsets: Array, prefix: int, scale: float, plan: Plan) -> tuple[Array, Array]:
     """``(output in the query's dtype, lse)``; ``offsets`` int64 as :class:`Reach` has them. A plan with no kernels is ignored."""
     if on_device(query, value):
-        from sieve_attn.attend.triton import diagonals
+        from sieve_attn.attend.triton import diagonals, wheel
 
+        if plan.name == "wheel":
+            return wheel.attend(query, key, value, offsets, prefix, scale, plan)
         return diagonals.attend(query, key, value, offsets, prefix, scale)
     if why_not(query, value):
         return reference.attend(*_as_call(query, key, value, offsets, prefix, scale))
@@ -172,9 +178,10 @@ def backward(
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gradients of query, key and value; the same to the bit on any number of threads."""
     if on_device(query, value):
-        from sieve_attn.attend.triton import diagonals
+        from sieve_attn.attend.triton import diagonals, wheel
 
-        return diagonals.backward(query, key, value, offsets, prefix, scale, grad_output, grad_lse, output, lse)
+        given = (query, key, value, offsets, prefix, scale, grad_output, grad_lse, output, lse)
+        return wheel.backward(*given, plan) if plan.name == "wheel" else diagonals.backward(*given)
     if why_not(query, value):
         call, selection = _as_call(query, key, value, offsets, prefix, scale)
         made = reference.backward(call, selection, grad_output, grad_lse)

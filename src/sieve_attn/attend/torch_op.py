@@ -199,12 +199,13 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
         raise error("query, key, value, bias, sink", rule, "forward-mode differentiation", "use torch.autograd.grad")
 
 
-def _nobody_watches(call: Call) -> bool:
+def nobody_watches(call: Call) -> bool:
     """Neither autograd nor a transform nor a tensor of another kind needs to see an operator: it can be passed by."""
     tensors = [x for x in (call.query, call.key, call.value, call.mask, call.key_mask, call.bias, call.sink) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False
-    return all(type(x) is Tensor for x in tensors) and _transforms() is None and _modes() == 0
+    plain = all(type(x) is Tensor for x in tensors) and forward_ad._current_level < 0
+    return plain and _transforms() is None and _modes() == 0
 
 
 _transforms = torch._C._functorch.peek_interpreter_stack
@@ -213,7 +214,7 @@ _modes = torch._C._len_torch_dispatch_stack
 
 def attend(call: Call, selection: Selection, backend: str, field: far.FarField | None) -> tuple[Tensor, Tensor]:
     refuse_tangents(call.query, call.key, call.value, call.bias, call.sink)
-    if _nobody_watches(call):
+    if nobody_watches(call):
         with torch_ops.no_grad():
             return dispatch.module(backend).attend(call, selection, field)
     parts, spec = pack(selection)

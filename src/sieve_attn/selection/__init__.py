@@ -6,6 +6,7 @@ from sieve_attn.registry import Table
 from sieve_attn.selection.base import RankSelector, RowSelector, Selector
 from sieve_attn.selection.certified import Certified
 from sieve_attn.selection.mass import Mass
+from sieve_attn.selection.running_maximum import RunningMaximum
 from sieve_attn.selection.threshold import RelativeThreshold, Threshold
 from sieve_attn.selection.top_k import TargetSparsity, TopK
 
@@ -15,6 +16,7 @@ TABLE = Table(
         "certified": "sieve_attn.selection.certified:Certified",
         "mass": "sieve_attn.selection.mass:Mass",
         "relative_threshold": "sieve_attn.selection.threshold:RelativeThreshold",
+        "running_maximum": "sieve_attn.selection.running_maximum:RunningMaximum",
         "target_sparsity": "sieve_attn.selection.top_k:TargetSparsity",
         "threshold": "sieve_attn.selection.threshold:Threshold",
         "top_k": "sieve_attn.selection.top_k:TopK",
@@ -22,6 +24,6 @@ TABLE = Table(
 )
 
 __all__ = [
-    "TABLE", "Certified", "Mass", "RankSelector", "RelativeThreshold", "RowSelector", "Selector", "TargetSparsity",
-    "Threshold", "TopK",
+    "TABLE", "Certified", "Mass", "RankSelector", "RelativeThreshold", "RowSelector", "RunningMaximum", "Selector",
+    "TargetSparsity", "Threshold", "TopK",
 ]  # fmt: skip

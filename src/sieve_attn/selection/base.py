@@ -31,6 +31,7 @@ class Selector:
 
     needs_brackets = False
     may_turn_dense = False
+    keeps_some = False  # True where every query that sees a block keeps one
     every_query = False  # True where a promise covers every query, so that a stride may pass over none
 
     @property

@@ -27,6 +27,7 @@ class Certified(RowSelector):
     error: float = 0.02
     needs_brackets = True
     every_query = True
+    keeps_some = True
     may_turn_dense = True
 
     def __post_init__(self):

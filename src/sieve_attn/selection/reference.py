@@ -96,7 +96,8 @@ def choose(
     chosen = chosen | _union(xp, share_over_group(forced, heads, xp.any_), unit)
     visible = _union(xp, share_over_group(seen, heads, xp.any_), unit)
     chosen = chosen & visible
-    chosen = chosen | _best_of_the_forgotten(xp, chosen, candidates, unit, heads, rescore)
+    if not selector.keeps_some:
+        chosen = chosen | _best_of_the_forgotten(xp, chosen, candidates, unit, heads, rescore)
 
     keys = _per_unit_keys(xp, weight, unit, heads)
     kept, every = (xp.where(chosen, keys, 0).sum(-1), keys.sum(-1))

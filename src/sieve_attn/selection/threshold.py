@@ -38,6 +38,7 @@ class RelativeThreshold(RowSelector):
 
     margin: float = 8.0
     every_query = True
+    keeps_some = True
 
     def __post_init__(self):
         if not threshold("margin", self.margin) >= 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sieve_attn import pipeline
 from sieve_attn.policies import Policy
-from sieve_attn.selection import Mass, RelativeThreshold, Threshold
+from sieve_attn.selection import Mass, RelativeThreshold, RunningMaximum, Threshold
 from sieve_attn.selection.base import RankSelector
 from sieve_attn.selection.reference import Tiles, share_over_group
 from sieve_attn.types import Blocks, Call, Geometry
@@ -78,6 +78,10 @@ def _between(call: Call, geometry: Geometry, policy: Policy, a: Tensor) -> None:
         RelativeThreshold: lambda: (
             RelativeThreshold(max(0.0, selector.margin - NEAR)),
             RelativeThreshold(selector.margin + NEAR),
+        ),
+        RunningMaximum: lambda: (
+            replace(selector, margin=max(0.0, selector.margin - NEAR)),
+            replace(selector, margin=selector.margin + NEAR),
         ),
         Mass: lambda: (Mass(max(0.0, selector.mass - NEAR)), Mass(min(1.0, selector.mass + NEAR))),
     }[type(selector)]()

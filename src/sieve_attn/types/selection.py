@@ -41,15 +41,18 @@ class Blocks:
         batch, heads = kept.shape[:2]
         counts = xp.total(kept, -1, xp.int64).reshape(-1)
         row_ptr = xp.concat([xp.zeros((1,), xp.int64, kept), xp.cumsum(counts, 0)], 0)
-        b, h, t, block = xp.nonzero(kept)
         mask = None
-        if rows is not None:
+        if rows is None:
+            index = xp.true_columns(kept)
+        else:
+            b, h, t, block = xp.nonzero(kept)
+            index = xp.cast(block, xp.int32)
             offset = xp.arange(0, q_block, kept)
             query = t[:, None] * q_block + offset[None, :] - lead
             inside = (query >= 0) & (query < q_len)
             query = xp.where(inside, query, 0)
             mask = rows[b[:, None], h[:, None], query, block[:, None]] & inside
-        return cls(row_ptr, xp.cast(block, xp.int32), batch, heads, q_len, kv_len, q_block, kv_block, lead, mask)
+        return cls(row_ptr, index, batch, heads, q_len, kv_len, q_block, kv_block, lead, mask)
 
     @property
     def tiles(self) -> int:

@@ -78,13 +78,19 @@ def split(launch: Launch, splits: int, like: Tensor) -> list[Launch]:
         grid=launch.grid * splits,
         arguments={**given, "out": view(parts), "lse": part_lse, "sink": None, "SPLITS": splits},
     )
+    return [first, merge(parts, part_lse, out, given["lse"], sink, splits, given["BLOCK_V"])]
+
+
+def merge(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, sink: Tensor | None, splits: int, block_v: int) -> Launch:
+    """The launch that merges ``splits`` parts into ``out`` and ``lse``."""
+    batch, q_heads, q_len, v_dim = out.shape
     rows = batch * q_heads * q_len
     arguments = {
-        "parts": parts, "part_lse": part_lse, "out": view(out), "lse": given["lse"], "sink": sink, "rows": rows,
-        "q_heads": q_heads, "q_len": q_len, "V_DIM": v_dim, "BLOCK_V": given["BLOCK_V"], "SPLITS": splits,
+        "parts": parts, "part_lse": part_lse, "out": view(out), "lse": lse, "sink": sink, "rows": rows,
+        "q_heads": q_heads, "q_len": q_len, "V_DIM": v_dim, "BLOCK_V": block_v, "SPLITS": splits,
         "BLOCK_S": power_of_two(splits, 2),
     }  # fmt: skip
-    return [first, Launch(merge_kernel, rows, arguments, 4, 1)]
+    return Launch(merge_kernel, rows, arguments, 4, 1)
 
 
 def shared_out(launch: Launch, selection: Selection, like: Tensor, splits: int | None = None) -> list[Launch]:

@@ -176,11 +176,13 @@ def within(offsets: Tensor, kv_len: int) -> int:
     return int(torch.searchsorted(offsets, torch.tensor(kv_len)))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, prefix: int, scale: float) -> tuple[Tensor, Tensor]:
-    """``(output, lse)``; ``offsets`` increasing from 0 on, on the host."""
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, prefix: int, scale: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(output, lse)``; ``offsets`` increasing from 0 on, on the host. The output is in the query's dtype, or in ``dtype``."""
     query, key, value = query.detach(), key.detach(), value.detach()
     batch, heads, q_len, _ = query.shape
-    output = torch.empty((batch, heads, q_len, value.shape[3]), dtype=query.dtype, device=query.device)
+    output = torch.empty((batch, heads, q_len, value.shape[3]), dtype=dtype or query.dtype, device=query.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
     if batch and q_len:
         shape, count = _shape(query, value), within(offsets, key.shape[2])
@@ -194,15 +196,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, prefix: i
 
 def backward(
     query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, prefix: int, scale: float, grad_output: Tensor, grad_lse: Tensor,
-    output: Tensor, lse: Tensor,
+    output: Tensor, lse: Tensor, dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key and value."""
+    """Gradients of query, key and value, in their dtype or in ``dtype``."""
     query, key, value = query.detach(), key.detach(), value.detach()
     batch, heads, q_len, _ = query.shape
     kv_heads, kv_len = key.shape[1:3]
     d_lse = torch.where(lse == -torch.inf, 0.0, grad_lse.float())
     shift = (d_lse - (grad_output.float() * output.float()).sum(-1)).contiguous()
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    grads = tuple(torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device) for x in (query, key, value))
     if batch and q_len:
         shape, count, group = _shape(query, value), within(offsets, kv_len), heads // kv_heads
         given = (query, key, value, on_device(offsets, query), grad_output, lse.contiguous(), shift)

@@ -187,7 +187,7 @@ def tiling(dtype: torch.dtype, width: int, rows: int, capability: tuple[int, int
         # full fp32 products run on the ordinary cores: small tiles, all in registers
         return (32, 4, 2) if width <= 64 else (16, 4, 2) if width <= 128 else (16, 8, 1)
     if width > 128:
-        return (32, 4 if rows <= 32 else 8, 2)
+        return (32, 4 if rows <= 16 else 8, 2) if rows <= 32 else (16, 8, 2)
     if rows <= 32:
         return (128, 4, 3) if width <= 64 else (64, 4, 3)
     if capability < (9, 0):

@@ -65,7 +65,7 @@ def tiling(
         return (32, 32, 4, 1) if width <= 64 else (16, 16, 4, 1) if width <= 128 else (16, 16, 8, 1)
     if kernel == "query":
         if width > 128:
-            return 64, 32, 8, 1
+            return 32, 32, 8, 1
         return (128, 64, 8, 2) if not old else (64, 32, 8, 2) if width > 64 else (32, 32, 4, 2)
     limit = 32 if width > 128 or (old and width <= 64) else 64 if old else 128
     columns = min(limit, power_of_two(kv_block or 128, 16))

@@ -163,10 +163,10 @@ class _Run:
         expanded = sketched and call.q_len > FEW_QUERIES and not self.everything
         planes, key_scale, channel_scale = (row_of(device),) * 3
         if sketched:
-            planes, key_scale = _rows_in_line(sketch.planes, 3), _rows_in_line(sketch.scale, 2)
+            planes, key_scale = rows_in_line(sketch.planes, 3), rows_in_line(sketch.scale, 2)
             channel_scale = sketch.channel_scale.contiguous()
-        mean, count = _rows_in_line(geometry.mean, 2), _rows_in_line(geometry.count, 2)
-        radius = count if geometry.radius is None else _rows_in_line(geometry.radius, 2)
+        mean, count = rows_in_line(geometry.mean, 2), rows_in_line(geometry.count, 2)
+        radius = count if geometry.radius is None else rows_in_line(geometry.radius, 2)
         if radius.stride() != count.stride():
             radius, count = radius.contiguous(), count.contiguous()
         codes = row_of(device)
@@ -203,7 +203,7 @@ class _Run:
         self.forced = {"SINKS": sinks > 0, "NEAR": near > 0}
         self.ends = (sinks, near)
         self.turns = turns
-        finite = _rows_in_line(geometry.finite, 2)
+        finite = rows_in_line(geometry.finite, 2)
         self.frame = (finite.view(torch.int8), before, edges, *finite.stride()[:2])
         self.chunk = min(1024, max(64, min(triton.next_power_of_2(grid.blocks), LANES_TIMES_BLOCKS // lanes)))
         self.rows_chosen = max(1, min(64, grid.rows, 2048 // self.chunk))
@@ -277,7 +277,7 @@ def row_of(device: torch.device) -> Tensor:
     return torch.empty(1, dtype=torch.int32, device=device)
 
 
-def _rows_in_line(x: Tensor, axis: int) -> Tensor:
+def rows_in_line(x: Tensor, axis: int) -> Tensor:
     """``x`` such that everything from ``axis`` on lies side by side; a streamed geometry does, and is read where it lies."""
     one = x[(0,) * axis]
     return x if one.is_contiguous() else x.contiguous()
