@@ -104,6 +104,17 @@ def qkv(query: Array, key: Array, value: Array, *, xp: Any) -> None:
             f"{query.shape[1]} query heads on {key.shape[1]} KV heads",
             "for grouped queries use q_heads = n * kv_heads",
         )
+    one_device(query, key=key, value=value)
+
+
+def one_device(query: Array, **others: Array | None) -> None:
+    """Kernels are given addresses: what lies on another device would be read as memory of this one."""
+    xp = arrays.namespace(query)
+    if xp.name != "torch":
+        return
+    for name, x in others.items():
+        if x is not None and arrays.namespace(x) is xp and x.device != query.device:
+            raise error(name, f"must be on the device of `query`, {query.device}", f"{x.device}", "move it there with `.to(...)`")
 
 
 def attention_options(
@@ -177,6 +188,7 @@ def attention_options(
         )
     if window is not None:
         positive_int("window", window, "pass None for no window")
+    one_device(query, mask=mask, key_mask=key_mask, bias=bias, cu_seqlens=cu_seqlens, sink=sink)
 
 
 def selection_fits(selection: Any, query: Array, key: Array) -> None:
@@ -190,6 +202,8 @@ def selection_fits(selection: Any, query: Array, key: Array) -> None:
         )
     for part in selection.parts:
         index = getattr(part, "index", None)
+        for x in (index, getattr(part, "block_index", None)):
+            one_device(query, selection=x)
         batch, heads = shape_of(index)[:2] if index is not None else (getattr(part, "batch", 1), getattr(part, "heads", 1))
         if batch not in (1, query.shape[0]) or heads not in (1, key.shape[1], query.shape[1]):
             raise error(

@@ -246,7 +246,10 @@ def matmul_precision(x) -> str:
 def autocast(*parts):
     """Under autocast, all of ``parts`` in its dtype (fp64 stays fp64, as PyTorch's own operators keep it)."""
     device = parts[0].device.type
-    if not torch.is_autocast_enabled(device) or any(p.dtype == torch.float64 for p in parts):
+    # devices without arithmetic, as `meta`, are not known to autocast
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return parts
+    if any(p.dtype == torch.float64 for p in parts):
         return parts
     return tuple(p.to(torch.get_autocast_dtype(device)) if p.dtype.is_floating_point else p for p in parts)
 
