@@ -5,7 +5,7 @@ parameters, batches and steps, from several seeds; dense attention is beside the
 with cached steps, times attention alone, and writes offset_patterns.json and offset_patterns.png (with matplotlib) to --out.
 
     python examples/offset_patterns.py                                # a quarter of an hour of one core; --seeds 1 is a third
-    python examples/offset_patterns.py --steps 3 --length 64 --width 32 --seeds 1 --timed 256 --out /tmp
+    python examples/offset_patterns.py --steps 3 --length 64 --width 36 --seeds 1 --timed 256 --out /tmp
 """
 
 from __future__ import annotations
@@ -31,24 +31,35 @@ WINDOW, GLOBAL_TOKENS = 3, 2
 
 
 class PatternAttention(SparseIndexAttention):
-    """The layer with any pattern in place of its own; None is dense."""
+    """The layer with any pattern in place of its own; None is dense. ``rotary`` turns queries and keys by their positions."""
 
-    def __init__(self, width: int, heads: int, pattern: patterns.Pattern | None):
+    def __init__(self, width: int, heads: int, pattern: patterns.Pattern | None, rotary: bool):
         super().__init__(width, (1,), heads, seq_len_max=None)
-        self.pattern = pattern
+        self.pattern, self.rotary = pattern, rotary
 
     def _attend(self, query, key, value, return_attention):
+        if self.rotary:
+            query, key = turned(query, key.shape[2] - query.shape[2]), turned(key, 0)
         if self.pattern is None:
             causal = query.shape[2] > 1
             return functional.scaled_dot_product_attention(query, key, value, is_causal=causal)
         return offset_attention(query, key, value, self.pattern)
 
 
+def turned(x: Tensor, first: int) -> Tensor:
+    """Rotary positions from ``first`` on: pairs of channels turn by angles that grow with the position."""
+    half = x.shape[3] // 2
+    position = torch.arange(first, first + x.shape[2], dtype=torch.float32)
+    angle = position[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+    a, b = x[..., :half], x[..., half : 2 * half]
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos(), x[..., 2 * half :]], 3)
+
+
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, pattern: patterns.Pattern | None):
+    def __init__(self, width: int, heads: int, pattern: patterns.Pattern | None, rotary: bool):
         super().__init__()
         self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = PatternAttention(width, heads, pattern)
+        self.attention = PatternAttention(width, heads, pattern, rotary)
         self.inner = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, cache=None):
@@ -63,15 +74,19 @@ class Block(nn.Module):
 class ByteModel(nn.Module):
     """Bytes in, logits of the next byte out."""
 
-    def __init__(self, width: int, layers: int, heads: int, length: int, pattern: patterns.Pattern | None):
+    def __init__(
+        self, width: int, layers: int, heads: int, length: int, pattern: patterns.Pattern | None, rotary: bool = False
+    ):  # fmt: skip
         super().__init__()
         self.length = length
-        self.byte, self.place = nn.Embedding(256, width), nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(Block(width, heads, pattern) for _ in range(layers))
+        self.byte, self.place = nn.Embedding(256, width), None if rotary else nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, heads, pattern, rotary) for _ in range(layers))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, 256)
 
     def forward(self, text: Tensor, caches=None, start: int = 0):
-        x = self.byte(text) + self.place(torch.arange(start, start + text.shape[1]))
+        x = self.byte(text)
+        if self.place is not None:
+            x = x + self.place(torch.arange(start, start + text.shape[1]))
         made = []
         for number, block in enumerate(self.blocks):
             x, cache = block(x, None if caches is None else caches[number])
@@ -153,7 +168,7 @@ def held_out_loss(model: ByteModel, held_out: Tensor, given: argparse.Namespace)
 def train(name: str, pattern, seed: int, given: argparse.Namespace, data: Tensor, held_out: Tensor) -> tuple[dict, ByteModel]:
     """``curve`` holds (step, held-out loss); ``ms`` is the processor time of a training step."""
     torch.manual_seed(seed)
-    model = ByteModel(given.width, given.layers, given.heads, given.length, pattern)
+    model = ByteModel(given.width, given.layers, given.heads, given.length, pattern, given.positions == "rotary")
     optimizer = torch.optim.AdamW(model.parameters(), lr=given.lr, weight_decay=0.01)
     source, curve, spent = torch.Generator().manual_seed(seed), [], 0.0
     for step in range(given.steps):
@@ -261,16 +276,23 @@ def main() -> None:
     numbers = {"steps": 1200, "length": 512, "width": 96, "layers": 2, "heads": 3, "batch": 4, "tests": 16, "seeds": 2}
     numbers |= {"first-seed": 0, "timed": 4096, "threads": 1}
     for name, default in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{default} by default")
+    parser.add_argument("--positions", choices=("learned", "rotary"), default="learned", help="learned by default")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--only", nargs="*", help="names of patterns")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs")
+    parser.add_argument("--only", nargs="*", help="names of patterns, as the table has them")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs", help="the folder docs by default")
     given = parser.parse_args()
+    unknown = set(given.only or ()) - set(candidates(given.length))
+    if unknown:
+        parser.error(f"--only: no pattern {sorted(unknown)}; there are {', '.join(map(repr, candidates(given.length)))}")
+    if given.width % given.heads:
+        parser.error(f"--width {given.width} must be a multiple of --heads {given.heads}")
     torch.set_num_threads(given.threads)
     data, held_out = corpus()
     chosen = {n: p for n, p in candidates(given.length).items() if not given.only or n in given.only}
     given.out.mkdir(parents=True, exist_ok=True)
-    results = {"settings": {n: getattr(given, n.replace("-", "_")) for n in numbers} | {"lr": given.lr}, "patterns": {}}
+    settings = {n: getattr(given, n.replace("-", "_")) for n in (*numbers, "positions", "lr")}
+    results = {"settings": settings, "patterns": {}}
     long = candidates(given.timed)
     for name, pattern in chosen.items():
         timed = attention_ms(long[name], given.timed)

@@ -83,8 +83,9 @@ BAD_ARRAYS = {
     "window 0": ((Q, K, V), {"window": 0}, ("`window`", "at least 1", "0", "None")),
     "window 2.5": ((Q, K, V), {"window": 2.5}, ("`window`", "integer", "2.5")),
     "a float8 query": ((Q.to(torch.float8_e4m3fn), K, V), {}, ("`query`", "fp16, bf16, fp32, fp64", "float8_e4m3fn", "cast")),
-    "keys without values": ((Q, K.to("meta"), V.to("meta")), {}, ("`key`", "hold values", "meta", "device")),
-    "a bias without values": ((Q, K, V), {"bias": torch.zeros(1, 1, 6, 10, device="meta")}, ("`bias`", "hold values", "meta")),
+    "keys elsewhere": ((Q, K.to("meta"), V.to("meta")), {}, ("`key`", "device of `query`, cpu", "meta", ".to(query.device)")),
+    "arrays without values": (tuple(x.to("meta") for x in (Q, K, V)), {}, ("`query`", "hold values", "meta", "move it")),
+    "a bias elsewhere": ((Q, K, V), {"bias": torch.zeros(1, 1, 6, 10, device="meta")}, ("`bias`", "device of `query`", "meta")),
     "scale True": ((Q, K, V), {"scale": True}, ("`scale`", "True")),
     "an unknown backend": ((Q, K, V), {"backend": "cuda"}, ("`backend`", "triton, native, reference", "'cuda'", "'auto'")),
 }

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,13 +47,48 @@ def test_patterns_train_beside_dense_attention(tmp_path):
     assert load("offset_patterns").table(results) in told
 
 
-def test_steps_of_the_example_equal_its_forward_pass():
-    torch = pytest.importorskip("torch")
+@pytest.fixture
+def called(tmp_path, monkeypatch):
+    """The patterns example in this process, by the short command of its own docstring and what is added to it."""
+    example = load("offset_patterns")
+    line = next(line for line in example.__doc__.splitlines() if "--steps 3" in line)
+    threads = torch.get_num_threads()
+
+    def call(*more):
+        monkeypatch.setattr(sys, "argv", [*line.split()[1:-1], str(tmp_path), *more])
+        example.main()
+        return json.loads((tmp_path / "offset_patterns.json").read_text())
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_the_command_that_the_example_names_runs(called):
+    results = called("--only", "squares alone", "--positions", "rotary")
+    assert results["settings"]["positions"] == "rotary"
+    assert len(results["patterns"]["squares alone"]["runs"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--only", "squares"], "no pattern ['squares']; there are 'dense', 'primes'"),
+        (["--width", "32"], "a multiple of --heads 3"),
+    ],
+)
+def test_the_example_says_what_it_cannot_do(called, capsys, more, words):
+    with pytest.raises(SystemExit):
+        called(*more)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_steps_of_the_example_equal_its_forward_pass(rotary):
     example = load("offset_patterns")
     torch.manual_seed(0)
     text = torch.randint(256, (2, 40))
     for pattern in (None, *list(example.candidates(40).values())[1:3]):
-        model = example.ByteModel(16, 2, 2, 40, pattern)
+        model = example.ByteModel(16, 2, 2, 40, pattern, rotary)
         with torch.no_grad():
             whole = model(text)[0]
             caches, rows = [block.attention.empty_cache(2) for block in model.blocks], []

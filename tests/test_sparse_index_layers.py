@@ -1,13 +1,18 @@
 """The layers of number-theoretic attention: what they compute, their caches, their errors."""
 
 import math
+from contextlib import nullcontext
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 import sieve_attn
 from sieve_attn import layers, native, patterns
-from sieve_attn.layers import MianChowlaSelfAttention, PrimeSelfAttention, SparseIndexAttention, SquareSelfAttention
+from sieve_attn.functional import offset_attention
+from sieve_attn.layers import MianChowlaSelfAttention, PrimeSelfAttention, SparseIndexAttention, SquareSelfAttention, sparse_index
 from sieve_attn.testing import assert_close
 
 FAMILY = {PrimeSelfAttention: [2, 3, 5, 7, 11, 13], SquareSelfAttention: [1, 4, 9, 16], MianChowlaSelfAttention: [1, 2, 4, 8, 13]}
@@ -73,7 +78,7 @@ def test_steps_equal_the_forward_pass(level, dtype, compat):
         for n in [1] * 70 + [7, 1, 60, 12]:
             row, cache = layer.step(x[:, sum(r.shape[1] for r in rows) :][:, :n], cache)
             rows.append(row)
-    assert cache.length == 150
+    assert len(cache) == 150
     assert_close(torch.cat(rows, 1), whole, dtype=dtype)
 
 
@@ -83,25 +88,35 @@ def test_an_older_cache_stays_what_it_was():
     x, other = torch.randn(1, 10, 16), torch.randn(1, 4, 16)
     with torch.no_grad():
         _, five = layer.step(x[:, :5], layer.empty_cache(1))
-        before = five.keys_and_values.clone()
+        before = [held.clone() for held in five.arrays]
         first, ten = layer.step(x[:, 5:], five)
         branch, _ = layer.step(other, five)
         again, _ = layer.step(x[:, 5:], five)
-        assert torch.equal(five.keys_and_values, before)
+        assert all(torch.equal(a, b) for a, b in zip(five.arrays, before, strict=True))
         assert torch.equal(first, again)
         assert_close(branch, layer(torch.cat([x[:, :5], other], 1))[:, 5:], dtype=torch.float32)
         longer, _ = layer.step(other, ten)
         assert_close(longer, layer(torch.cat([x, other], 1))[:, 10:], dtype=torch.float32)
 
 
-def test_appending_copies_seldom():
-    layer, x = SquareSelfAttention(8), torch.randn(1, 1, 8)
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float64], ids=str)
+def test_a_cache_of_another_dtype_is_attended_to_as_it_is(held, monkeypatch):
+    layer, x, seen = SquareSelfAttention(8, 2), torch.randn(1, 30, 8), []
+    real = sparse_index.offset_attention
+    monkeypatch.setattr(sparse_index, "offset_attention", lambda q, k, *rest, **kw: seen.append(k) or real(q, k, *rest, **kw))
     with torch.no_grad():
-        cache, places = layer.empty_cache(1), set()
-        for _ in range(600):
-            _, cache = layer.step(x, cache)
-            places.add(cache.buffer.data.data_ptr())
-    assert len(places) <= 6
+        whole = layer(x)
+        for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+            cache, rows = layer.empty_cache(1, dtype=held), []
+            with context:
+                for n in range(30):
+                    row, cache = layer.step(x[:, n : n + 1], cache)
+                    rows.append(row)
+            # nothing of what is cached was converted or copied for the last step
+            assert seen[-1].data_ptr() == cache.arrays[0].data_ptr()
+            assert seen[-1].dtype == cache.dtype == held
+            assert torch.allclose(torch.cat(rows, 1).float(), whole, atol=0.02)
+    assert rows[0].dtype == torch.bfloat16  # what autocast makes
 
 
 def test_gradients_go_through_steps():
@@ -154,6 +169,35 @@ def test_the_compiler_sees_one_graph():
     assert_close(compiled(x), layer(x), dtype=torch.float32)
 
 
+def own(*offsets, plain=False):
+    """A pattern of a class of the caller's, which is called the same whatever it keeps."""
+
+    class Mine(patterns.OffsetSet):
+        def up_to(self, limit):
+            return np.array([s for s in offsets if s <= limit], np.int64)
+
+    return Mine() if plain else dataclass(frozen=True)(Mine)()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_patterns_of_ones_own_are_told_apart(plain):
+    x = torch.randn(1, 2, 30, 8)
+    for offsets in ((1, 2), (5, 9)):
+        pattern = own(*offsets, plain=plain) | patterns.Window(1)
+        kept = torch.from_numpy(pattern.to_dense(30))
+        wanted = functional.scaled_dot_product_attention(x, x, x, attn_mask=kept)
+        assert_close(offset_attention(x, x, x, pattern), wanted, dtype=torch.float32)
+
+
+def test_patterns_of_ones_own_compile_in_a_layer_and_say_why_not_elsewhere():
+    torch._dynamo.reset()
+    layer, x = SparseIndexAttention(8, own(2, 3)), torch.randn(1, 9, 8)
+    assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x), dtype=torch.float32)
+    pattern, x = own(4), torch.randn(1, 1, 9, 8)
+    with pytest.raises(ValueError, match="`pattern` of a class of your own must be known before it is compiled"):
+        torch.compile(lambda x: offset_attention(x, x, x, pattern), fullgraph=True, backend="aot_eager")(x)
+
+
 X = torch.zeros(1, 5, 8)
 BAD = {
     "heads": (lambda: PrimeSelfAttention(10, 4), ("`heads`", "divide embed_dim 10", "4")),
@@ -170,7 +214,16 @@ BAD = {
     "wrong width": (lambda: PrimeSelfAttention(16)(X), ("`x`", "[batch, len, 16]", "(1, 5, 8)")),
     "wrong rank": (lambda: PrimeSelfAttention(8)(X[0]), ("`x`", "[batch, len, 8]", "(5, 8)")),
     "no tokens": (lambda: PrimeSelfAttention(8)(X[:, :0]), ("`x`", "at least one token", "(1, 0, 8)")),
-    "no plan": (lambda: PrimeSelfAttention(8, plan="fast")(X), ("`plan`", "'fast'")),
+    "no plan": (lambda: PrimeSelfAttention(8, plan="fast"), ("`plan`", "'fast'")),
+    "cache of another layer": (
+        lambda: PrimeSelfAttention(8, 2).step(X, PrimeSelfAttention(8).empty_cache(1)),
+        ("`cache`", "((2, 4), (2, 4))", "((1, 8), (1, 8))"),
+    ),
+    "no cache": (lambda: PrimeSelfAttention(8).step(X, None), ("`cache`", "from this layer", "NoneType")),
+    "cache elsewhere": (
+        lambda: PrimeSelfAttention(8).step(X, PrimeSelfAttention(8).empty_cache(1, "meta")),
+        ("`cache`", "on cpu", "meta"),
+    ),
     "no batch": (lambda: PrimeSelfAttention(8).empty_cache(0), ("`batch_size`", "at least 1")),
 }
 

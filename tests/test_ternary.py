@@ -13,7 +13,7 @@ import sieve_attn
 from sieve_attn import native
 from sieve_attn.layers import PackedTernaryLinear, TernaryLinear, pack_ternary, packing
 from sieve_attn.layers.rotation import Rotation
-from sieve_attn.layers.ternary_op import reference, round_tokens, ternary_linear, ternary_linear_op
+from sieve_attn.layers.ternary_op import reference, round_tokens, ternary_linear, ternary_linear_op, two_bits
 from sieve_attn.testing import assert_close
 
 LEVELS = native.module().levels() if not native.missing() else []
@@ -318,11 +318,32 @@ def test_no_token_is_fine():
     assert packed(torch.empty(2, 0, 20)).shape == (2, 0, 8)
 
 
-def test_packed_layers_compile():
+@pytest.mark.parametrize("form", packing.FORMS)
+def test_packed_layers_compile(form):
     torch._dynamo.reset()
-    packed = TernaryLinear(20, 8).pack()
+    packed = TernaryLinear(20, 8).pack(form)
     x = torch.randn(2, 20)
     assert torch.equal(torch.compile(packed, backend="eager", fullgraph=True)(x), packed(x))
+
+
+def test_codes_in_base_3_are_expanded_once():
+    packed = TernaryLinear(20, 8).pack("base-3")
+    first = two_bits(packed.codes, 8, 20)
+    assert two_bits(packed.codes, 8, 20) is first
+    with torch.inference_mode():  # where writing counts no versions
+        made = TernaryLinear(20, 8).pack("base-3")
+        before = made(torch.ones(1, 20))
+        made.codes.copy_(TernaryLinear(20, 8).pack("base-3").codes)
+        assert not torch.equal(made(torch.ones(1, 20)), before)
+
+
+@pytest.mark.parametrize("options", [{}, {"hadamard": True}])
+def test_autocast_gives_the_dtype_of_the_unpacked_layer(options):
+    layer, x = TernaryLinear(32, 8, **options), torch.randn(2, 32)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        dense, packed = layer(x), layer.pack()(x)
+    assert packed.dtype == dense.dtype == torch.bfloat16
+    assert torch.allclose(packed.float(), dense.float(), atol=0.1)
 
 
 # bad input ---------------------------------------------------------------------------------------------------------------
@@ -340,6 +361,7 @@ def test_packed_layers_compile():
         (lambda: TernaryLinear(8, 4)(torch.ones(3, 7)), r"`x` must have shape \[..., 8\] .* \[4, 8\]; got shape \(3, 7\)"),
         (lambda: TernaryLinear(8, 4).pack()(torch.ones(3, 7)), r"`x` must have shape \[..., 8\] .* got shape \(3, 7\)"),
         (lambda: TernaryLinear(8, 4)(torch.tensor(1.0)), r"got shape \(\)"),
+        (lambda: TernaryLinear(8, 4).pack()(torch.ones(3, 8).long()), "`x` must be of a floating dtype; got torch.int64"),
         (lambda: packing.pack(torch.full((2, 2), 2)), "`trits` must be a matrix of -1, 0 and 1"),
     ],
 )  # fmt: skip

@@ -215,6 +215,13 @@ def test_bfloat16_blocks_keep_a_wide_state():
         assert close.float().mean() > 0.99  # a choice of keys may turn where logits tie in bf16
 
 
+def test_blocks_are_made_where_and_as_asked():
+    block = TilelliBlock(24, d_head=8, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in block.parameters()} == {("meta", torch.bfloat16)}
+    x = torch.ones(1, 3, 24, device="meta", dtype=torch.bfloat16)
+    assert block(x).shape == (1, 3, 24)
+
+
 def test_own_modules_are_paths_too():
     class Nothing(LocalPath):
         pass
@@ -238,6 +245,16 @@ def test_own_modules_are_paths_too():
          r"`x_step` must have shape \[2, 1, 24\].* got shape \(2, 2, 24\)"),
         (lambda: make()[0].forward_incremental(torch.ones(3, 1, 24), make()[0].empty_cache(2)),
          r"`x_step` must have shape \[2, 1, 24\].* got shape \(3, 1, 24\)"),
+        (lambda: TilelliBlock(24, 3), r"`paths` must name .*; got \[3\]"),
+        (lambda: make()[0].forward_incremental(torch.ones(2, 1, 24), None), "`cache` must hold 3 entries, .*; got NoneType"),
+        (lambda: make()[0].forward_incremental(torch.ones(2, 1, 24), make()[0].empty_cache(2)[::-1]),
+         r"`cache` must be a state \[batch, 4, 24\] on cpu; got GrowingArrays"),
+        (lambda: LocalPath(24).forward_incremental(torch.ones(2, 1, 24), torch.ones(2, 7, 24)),
+         r"`cache` must be a state \[batch, 4, 24\] on cpu; got \[7, 24\] on cpu"),
+        (lambda: StatePath(24).forward_incremental(torch.ones(2, 1, 24), torch.ones(2, 7)),
+         r"`cache` must be a state \[batch, 24\] on cpu; got \[7\] on cpu"),
+        (lambda: diagonal_scan(torch.ones(2, 3, 8), torch.ones(7), torch.ones(2, 8)),
+         r"`decay, start` must have shapes \[8\] and \[2, 8\]; got \[7\], \[2, 8\]"),
     ],
 )  # fmt: skip
 def test_bad_input_in_words(call, words):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sieve_attn
-from sieve_attn.layers import SparseCausalAttention, pack_ternary
+from sieve_attn.layers import PrimeSelfAttention, SparseCausalAttention, pack_ternary, sparse_causal
 from sieve_attn.layers.growing import LEAST, GrowingArrays
 from sieve_attn.testing import assert_close
 
@@ -185,6 +185,36 @@ def test_caches_follow_the_dtype_of_the_layer():
     assert layer.empty_cache(2, "cpu", torch.float64).arrays[1].dtype == torch.float64
 
 
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float64], ids=str)
+def test_a_cache_of_another_dtype_is_attended_to_as_it_is(held, monkeypatch):
+    layer, x = make(n=20)
+    seen = []
+    real = sparse_causal.top_k_attention
+    monkeypatch.setattr(sparse_causal, "top_k_attention", lambda q, k, *rest, **kw: seen.append(k) or real(q, k, *rest, **kw))
+    with torch.no_grad():
+        rows, cache = steps(layer, x, layer.empty_cache(2, dtype=held))
+        q, k, v = (layer._split(project(x)).to(held) for project in (layer.query, layer.key, layer.value))
+        expected = real(q, k, v, layer.top_k, causal=True).transpose(1, 2).flatten(2)
+    assert rows.dtype == torch.float32
+    assert cache.dtype == held
+    # nothing of what is cached was converted or copied for the last step
+    assert seen[-1].data_ptr() == cache.arrays[0].data_ptr()
+    assert torch.allclose(rows, expected.float(), atol=0.02 if held == torch.bfloat16 else 1e-5)
+
+
+def test_autocast_steps_from_a_cache_of_any_dtype():
+    layer, x = make(n=20)
+    with torch.no_grad():
+        outside, inside = layer.empty_cache(2), None
+        with torch.autocast("cpu", torch.bfloat16):
+            full, inside = layer(x), layer.warmup_cache(x[:, :10])
+            for cache, rest in ((outside, x), (inside, x[:, 10:])):
+                rows, last = steps(layer, rest, cache)
+                assert last.dtype == cache.dtype
+                assert rows.dtype == torch.bfloat16
+                assert torch.allclose(rows.float(), full[:, -rows.shape[1] :].float(), atol=0.05)
+
+
 def test_packed_layers_step_too():
     layer, x = make()
     with torch.no_grad():
@@ -212,8 +242,11 @@ def test_packed_layers_step_too():
          r"`x_step` must have shape \[2, 1, 24\]: one token for each sequence of the cache; got shape \(2, 2, 24\)"),
         (lambda: make()[0].forward_incremental(torch.ones(3, 1, 24), make()[0].empty_cache(2)),
          r"`x_step` must have shape \[2, 1, 24\].* got shape \(3, 1, 24\)"),
-        (lambda: make()[0].forward_incremental(torch.ones(2, 1, 24), make()[0].empty_cache(2, "cpu", torch.bfloat16)),
-         "`cache` must hold torch.float32 on cpu, as this layer makes; got torch.bfloat16 on cpu"),
+        (lambda: make()[0].forward_incremental(torch.ones(2, 1, 24), make()[0].empty_cache(2, "meta")),
+         "`cache` must be on cpu, where the layer is; got meta"),
+        (lambda: make()[0].forward_incremental(torch.ones(2, 1, 24), PrimeSelfAttention(24).empty_cache(2)),
+         r"`cache` must hold keys and values of \(heads, width\) .*; got \(\(1, 24\), \(1, 24\)\)"),
+        (lambda: make()[0].forward_incremental(torch.ones(2, 1, 24), None), "`cache` must come from this layer; got NoneType"),
         (lambda: make()[0].empty_cache(0), "`batch_size` must be an integer of at least 1; got 0"),
     ],
 )  # fmt: skip

@@ -80,16 +80,14 @@ def _beside(argument: str, x: Any, query: Array, xp: Any) -> None:
         return  # takes NumPy arrays as its own
     if xp.name not in {base.__module__.partition(".")[0] for base in type(x).__mro__}:
         raise error(argument, f"must be an array of {xp.name}, as `query` is", type(x).__name__, "convert it first", TypeError)
-    _one_device(argument, x, query, xp)
+    one_device(argument, x, query)
 
 
-def _one_device(argument: str, x: Array, query: Array, xp: Any) -> None:
-    if xp.name != "torch" or (x.is_cpu and query.is_cpu):
-        return
-    if x.is_meta:
-        raise error(argument, "must hold values: what is kept depends on them", "a tensor on device meta", "move it to a device")
-    if x.device != query.device:
-        raise error(argument, f"must lie on the device of `query`, {query.device}", x.device, "move it with `.to(query.device)`")
+def one_device(argument: str, x: Array | None, query: Array) -> None:
+    """Kernels are given addresses: what lies on another device would be read as memory of this one."""
+    where = getattr(x, "device", None)
+    if where is not None and where != query.device and arrays.namespace(query).name == "torch":
+        raise error(argument, f"must lie on the device of `query`, {query.device}", where, "move it with `.to(query.device)`")
 
 
 def shape_of(x: Array) -> tuple[int, ...]:
@@ -108,7 +106,7 @@ def qkv(query: Array, key: Array, value: Array, *, xp: Any) -> None:
             )
         if x is query or x.dtype != query.dtype:
             floating(name, x)
-        _one_device(name, x, query, xp)
+        one_device(name, x, query)
     if not query.dtype == key.dtype == value.dtype:
         raise error(
             "query, key, value",
@@ -153,6 +151,12 @@ def qkv(query: Array, key: Array, value: Array, *, xp: Any) -> None:
             f"{query.shape[1]} query heads on {key.shape[1]} KV heads",
             "for grouped queries use q_heads = n * kv_heads",
         )
+
+
+def holding_values(query: Array) -> None:
+    """What is kept depends on values, so nothing can be said of arrays that have a shape alone."""
+    if getattr(query, "is_meta", False) and type(query).__name__ == "Tensor":
+        raise error("query", "must hold values: what is kept depends on them", "a tensor on device meta", "move it to a device")
 
 
 def attention_options(
@@ -255,6 +259,8 @@ def selection_fits(selection: Any, query: Array, key: Array) -> None:
         )
     for part in selection.parts:
         index = getattr(part, "index", None)
+        for x in (index, getattr(part, "block_index", None)):
+            one_device("selection", x, query)
         batch, heads = shape_of(index)[:2] if index is not None else (getattr(part, "batch", 1), getattr(part, "heads", 1))
         if batch not in (1, query.shape[0]) or heads not in (1, key.shape[1], query.shape[1]):
             raise error(

@@ -392,6 +392,7 @@ def _front_end(query: Array, key: Array, value: Array) -> tuple[Array, Array, Ar
 def _call(query, key, value, *, scale, dropout, **options) -> Call:
     xp = arrays.namespace(query, key, value)
     checks.qkv(query, key, value, xp=xp)
+    checks.holding_values(query)
     checked = ("mask", "key_mask", "bias", "softcap", "cu_seqlens", "sink", "window")
     checks.attention_options(query, key, scale=scale, dropout=dropout, xp=xp, **{name: options[name] for name in checked})
     if options["cu_seqlens"] is not None:

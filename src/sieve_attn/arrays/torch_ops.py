@@ -268,6 +268,7 @@ def matmul_precision(x) -> str:
 def autocast(*parts):
     """Under autocast, all of ``parts`` in its dtype (fp64 stays fp64, as PyTorch's own operators keep it)."""
     device = parts[0].device.type
+    # devices without arithmetic, as `meta`, are not known to autocast
     active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if not active or any(p.dtype == torch.float64 for p in parts):
         return parts

@@ -5,6 +5,7 @@ The pattern travels as its text, as policies do, so that a compiled graph holds 
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from sieve_attn import native, policies
 from sieve_attn.arrays import torch_ops
 from sieve_attn.attend import offsets as stage
 from sieve_attn.attend.torch_op import _empty_output
+from sieve_attn.checks import error
 from sieve_attn.patterns import Pattern
 from sieve_attn.patterns.base import members
 
@@ -31,8 +33,13 @@ def text_of(pattern: Pattern) -> str:
 
 
 def _written(pattern: Pattern) -> str:
-    """What ``repr`` gives, in words that the compiler can follow."""
-    return f"{type(pattern).__name__}({', '.join(f'{n}={getattr(pattern, n)!r}' for n in pattern.__dataclass_fields__)})"
+    """What ``repr`` gives, in words that the compiler can follow. Classes of other people's are told apart by more than a name,
+    which two of them may share and a notebook defines again and again."""
+    kind = type(pattern)
+    name = kind.__name__ if kind.__module__.startswith("sieve_attn.") else f"{kind.__name__}@{id(kind)}"
+    if not hasattr(kind, "__dataclass_fields__"):
+        return f"{name}@{id(pattern)}()"
+    return f"{name}({', '.join(f'{n}={getattr(pattern, n)!r}' for n in kind.__dataclass_fields__)})"
 
 
 def found_in(text: str, kv_len: int) -> tuple[stage.Reach, Tensor]:
@@ -42,9 +49,17 @@ def found_in(text: str, kv_len: int) -> tuple[stage.Reach, Tensor]:
 
 @lru_cache(maxsize=64)
 def _found(text: str, limit: int) -> tuple[stage.Reach, Tensor]:
-    pattern = _KNOWN.get(text) or policies.parse(f"Policy(keep={text})").keep
+    pattern = _KNOWN.get(text) or _read(text)
     found = stage.reach(pattern, limit)
     return found, torch.from_numpy(found.offsets.copy())
+
+
+def _read(text: str) -> Pattern:
+    try:
+        return policies.parse(f"Policy(keep={re.sub('@[0-9]+', '', text)})").keep
+    except ValueError:
+        remedy = "call it once outside of torch.compile, or give its package the entry point `sieve_attn.patterns`"
+        raise error("pattern", "of a class of your own must be known before it is compiled", text, remedy) from None
 
 
 def chosen(query: Tensor, key: Tensor, value: Tensor, found: stage.Reach, plan: str, *, gradient: bool = False) -> stage.Plan:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from sieve_attn import checks
 
 LEAST = 64
 
@@ -48,13 +53,22 @@ class GrowingArrays:
     def batch(self) -> int:
         return self._storage.buffers[0].shape[0]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._storage.buffers[0].dtype
+
     def __len__(self) -> int:
         return self.length
 
-    def append(self, new: tuple[Tensor, ...], recorded: bool) -> GrowingArrays:
-        """``new`` [batch, heads, entries, width_i]; ``recorded``: whether somebody will differentiate what is made of them."""
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(list(x.shape)) for x in self.arrays)
+        return f"{type(self).__name__}({shapes}, dtype={self.dtype}, device={self._storage.buffers[0].device})"
+
+    def append(self, new: tuple[Tensor, ...], recorded: bool = False) -> GrowingArrays:
+        """``new`` [batch, heads, entries, width_i]; ``recorded``: whether what is made of them is differentiated all the same if
+        neither they nor what is held require gradients."""
         total = self.length + new[0].shape[2]
-        if recorded or (torch.is_grad_enabled() and any(x.requires_grad for x in self._storage.buffers)):
+        if recorded or (torch.is_grad_enabled() and any(x.requires_grad for x in (*self._storage.buffers, *new))):
             joined = [torch.cat([old, x], 2) for old, x in zip(self.arrays, new, strict=True)]
             return GrowingArrays(_Storage(joined, total), total)
         storage = self._storage
@@ -80,3 +94,31 @@ def _writable(buffer: Tensor, total: int) -> bool:
     """Room is left, autograd holds no reference, and inference mode does not forbid it."""
     fits = buffer.shape[2] >= total and not buffer.requires_grad
     return fits and (torch.is_inference_mode_enabled() or not buffer.is_inference())
+
+
+def step(
+    cache: GrowingArrays, query: Tensor, new: tuple[Tensor, Tensor], attend: Callable[..., Any]
+) -> tuple[Any, GrowingArrays]:
+    """``(attend(query, keys, values), the longer cache)``, in the cache's dtype: the query is cast and not all that is cached."""
+    # a query that is differentiated keeps the keys for its gradient: they may not be written to later
+    cache = cache.append(tuple(x.to(cache.dtype) for x in new), torch.is_grad_enabled() and query.requires_grad)
+    if query.dtype == cache.dtype:
+        return attend(query, *cache.arrays), cache
+    with torch.autocast(query.device.type, enabled=False):
+        return attend(query.to(cache.dtype), *cache.arrays), cache
+
+
+def check_cache(cache: Any, heads: int, widths: tuple[int, ...], device: torch.device) -> None:
+    """Whether ``cache`` is one that a layer of these sizes makes. Raises ValueError."""
+    if not isinstance(cache, GrowingArrays):
+        raise checks.error("cache", "must come from this layer", type(cache).__name__, "start with empty_cache(batch_size)")
+    wanted = tuple((heads, width) for width in widths)
+    held = tuple((x.shape[1], x.shape[3]) for x in cache.arrays)
+    if held != wanted:
+        raise checks.error(
+            "cache", f"must hold keys and values of (heads, width) {wanted}", held, "use the cache that this layer made"
+        )
+    if cache.arrays[0].device != device:
+        raise checks.error(
+            "cache", f"must be on {device}, where the layer is", cache.arrays[0].device, "pass `device` to empty_cache"
+        )

@@ -46,6 +46,13 @@ class _Path(nn.Module):
 
     def forward_incremental(self, x_step: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
         """``(y [batch, 1, d_model], the state after this token)``."""
+        shape = list(self._empty(1, {"device": "meta", "dtype": x_step.dtype}).shape[1:])
+        held = f"{list(cache.shape[1:])} on {cache.device}" if isinstance(cache, Tensor) else type(cache).__name__
+        if held != f"{shape} on {x_step.device}":
+            raise checks.error(
+                "cache", f"must be a state [batch, {', '.join(map(str, shape))}] on {x_step.device}", held,
+                "use the cache that this path made",
+            )  # fmt: skip
         check_step(x_step, self.d_model, cache.shape[0])
         return self._run(x_step, cache)
 
@@ -57,12 +64,15 @@ class LocalPath(_Path):
     the last ``kernel_size - 1`` tokens. One token goes through the operations of many: steps equal the full call bit for bit.
     """
 
-    def __init__(self, d_model: int, kernel_size: int = 5, quantize: bool = True):
+    def __init__(
+        self, d_model: int, kernel_size: int = 5, quantize: bool = True, *,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.d_model = checks.positive_int("d_model", d_model, "try 256")
         self.kernel_size = checks.positive_int("kernel_size", kernel_size, "try 5")
         self.quantize = bool(quantize)
-        self.weight = nn.Parameter(torch.randn(d_model, kernel_size) * kernel_size**-0.5)
+        self.weight = nn.Parameter(torch.randn(d_model, kernel_size, device=device, dtype=dtype) * kernel_size**-0.5)
 
     def ternary_weight(self) -> Tensor:
         if not self.quantize:
@@ -88,13 +98,13 @@ class StatePath(_Path):
     noise keeps its variance. The cache is the state [batch, d_model], fp32 or wider as the recurrence itself.
     """
 
-    def __init__(self, d_model: int):
+    def __init__(self, d_model: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.d_model = checks.positive_int("d_model", d_model, "try 256")
-        decay = torch.linspace(0.5, 2.5, d_model)
-        self.decay = nn.Parameter(decay)
-        self.b = nn.Parameter((1 - torch.tanh(decay) ** 2).sqrt())
-        self.c = nn.Parameter(torch.ones(d_model))
+        decay = torch.linspace(0.5, 2.5, d_model, device=device)
+        self.decay = nn.Parameter(decay.to(dtype))
+        self.b = nn.Parameter((1 - torch.tanh(decay) ** 2).sqrt().to(dtype))
+        self.c = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
 
     def _empty(self, batch: int, like: dict) -> Tensor:
         return torch.zeros(batch, self.d_model, device=like["device"], dtype=_wide(like["dtype"]))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sieve_attn import native
+from sieve_attn import checks, native
 from sieve_attn.arrays import torch_ops
 from sieve_attn.layers.ternary_op import watched
 
@@ -76,7 +76,13 @@ diagonal_scan_op.register_autograd(_backward, setup_context=_setup)
 def diagonal_scan(x: Tensor, decay: Tensor, start: Tensor, reverse: bool = False) -> Tensor:
     """``h`` [batch, len, width] for ``x`` of that shape, ``a = decay`` [width] and ``start`` [batch, width], the state before.
 
-    ``reverse`` runs from the last token to the first. All arrays share one dtype.
+    ``reverse`` runs from the last token to the first. All arrays share one dtype. Raises ValueError where shapes do not fit.
     """
+    batch, _, width = x.shape
+    if decay.shape != (width,) or start.shape != (batch, width):
+        raise checks.error(
+            "decay, start", f"must have shapes [{width}] and [{batch}, {width}]", f"{list(decay.shape)}, {list(start.shape)}",
+            "give every channel a factor and every sequence a state",
+        )  # fmt: skip
     made = diagonal_scan_op if watched(x, decay, start) else _compute
     return made(x, decay, start, reverse)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sieve_attn import checks
 from sieve_attn.functional import top_k_attention
-from sieve_attn.layers.growing import GrowingArrays
+from sieve_attn.layers.growing import GrowingArrays, check_cache, step
 from sieve_attn.layers.ternary import TernaryLinear
 
 
@@ -40,6 +40,7 @@ class SparseCausalAttention(nn.Module):
                 "heads", "must divide `d_model`", f"{heads} heads on a width of {d_model}", "choose a divisor of it"
             )
         make = {"quantize": quantize, "device": device, "dtype": dtype}
+        self._widths = (self.d_head, self.d_model // self.heads)
         self.query = TernaryLinear(d_model, heads * d_head, **make)
         self.key = TernaryLinear(d_model, heads * d_head, **make)
         self.value = TernaryLinear(d_model, d_model, **make)
@@ -58,43 +59,31 @@ class SparseCausalAttention(nn.Module):
     def empty_cache(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> GrowingArrays:
-        """A cache of no token; device and dtype are those of the layer unless given."""
+        """A cache of no token; device and dtype are those of the layer unless given. Steps attend in the cache's dtype."""
         checks.positive_int("batch_size", batch_size, "try 1")
         known = next((x for x in (*self.parameters(), *self.buffers()) if x.is_floating_point()), torch.empty(0))
-        widths = (self.d_head, self.d_model // self.heads)
-        return GrowingArrays.empty(batch_size, self.heads, widths, device or known.device, dtype or known.dtype)
+        return GrowingArrays.empty(batch_size, self.heads, self._widths, device or known.device, dtype or known.dtype)
 
     def warmup_cache(self, x: Tensor) -> GrowingArrays:
         """The cache after the tokens ``x`` [batch, len, d_model]."""
         check_tokens(x, self.d_model)
         key, value = self._split(self.key(x)), self._split(self.value(x))
-        return self._append(self.empty_cache(x.shape[0], key.device, key.dtype), key, value, key)
+        return self.empty_cache(x.shape[0], key.device, key.dtype).append((key, value))
 
     def forward_incremental(self, x_step: Tensor, cache: GrowingArrays) -> tuple[Tensor, GrowingArrays]:
         """``(y [batch, 1, d_model], the cache with this token)`` for one token ``x_step`` [batch, 1, d_model]."""
+        check_cache(cache, self.heads, self._widths, x_step.device)
         check_step(x_step, self.d_model, cache.batch)
         query, key, value = (self._split(project(x_step)) for project in (self.query, self.key, self.value))
-        cache = self._append(cache, key, value, query)
-        return self._attend(query, *cache.arrays), cache
+        y, cache = step(cache, query, (key, value), self._attend)
+        return y.to(query.dtype), cache
 
     def prefill(self, x: Tensor) -> tuple[Tensor, GrowingArrays]:
         """``(forward(x), warmup_cache(x))`` for the price of the first."""
         check_tokens(x, self.d_model)
         query, key, value = (self._split(project(x)) for project in (self.query, self.key, self.value))
-        cache = self._append(self.empty_cache(x.shape[0], key.device, key.dtype), key, value, query)
+        cache = self.empty_cache(x.shape[0], key.device, key.dtype).append((key, value))
         return self._attend(query, key, value), cache
-
-    @staticmethod
-    def _append(cache: GrowingArrays, key: Tensor, value: Tensor, query: Tensor) -> GrowingArrays:
-        held = cache.arrays[0]
-        if held.dtype != key.dtype or held.device != key.device:
-            raise checks.error(
-                "cache", f"must hold {key.dtype} on {key.device}, as this layer makes", f"{held.dtype} on {held.device}",
-                "pass dtype and device to empty_cache",
-            )  # fmt: skip
-        # a query that is differentiated keeps the keys for its gradient: they may not be written to later
-        recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        return cache.append((key, value), recorded)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_head={self.d_head}, top_k={self.top_k}, heads={self.heads}"

@@ -3,60 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sieve_attn import checks, patterns
+from sieve_attn.attend import offset_op
+from sieve_attn.attend import offsets as stage
+from sieve_attn.layers.growing import GrowingArrays, check_cache, step
 from sieve_attn.offset_attention import SparseWeights, offset_attention
-
-_LEAST = 64  # positions of a first buffer
-
-
-class _Buffer:
-    """Keys and values [2, batch, heads, capacity, head_dim] that caches share, and how many positions are written."""
-
-    def __init__(self, data: Tensor, used: int):
-        self.data = data
-        self.used = used
-
-
-@dataclass(frozen=True)
-class KeyValueCache:
-    """The first ``length`` positions of a buffer. Appending to the newest cache writes behind them; appending to an older one
-    copies, so that every cache stays what it was."""
-
-    buffer: Any
-    length: int
-
-    @property
-    def keys_and_values(self) -> Tensor:
-        """[2, batch, heads, length, head_dim]"""
-        return self.buffer.data[:, :, :, : self.length]
-
-    def append(self, made: Tensor) -> KeyValueCache:
-        """The cache with ``made`` [2, batch, heads, new, head_dim] behind it; amortised O(new) outside of autograd."""
-        total = self.length + made.shape[3]
-        old = self.buffer.data
-        if torch.is_grad_enabled() and (made.requires_grad or old.requires_grad):
-            return KeyValueCache(_Buffer(torch.cat([self.keys_and_values, made], 3), total), total)
-        if (
-            old.shape[3] < total
-            or self.buffer.used != self.length
-            or old.requires_grad
-            or old.is_inference() != made.is_inference()
-        ):
-            capacity = max(_LEAST, 2 * total)
-            bigger = old.new_empty(*old.shape[:3], capacity, old.shape[4])
-            bigger[:, :, :, : self.length] = self.keys_and_values
-            shared = _Buffer(bigger, self.length)
-        else:
-            shared = self.buffer
-        shared.data[:, :, :, self.length : total] = made
-        shared.used = total
-        return KeyValueCache(shared, total)
 
 
 class SparseIndexAttention(nn.Module):
@@ -96,10 +53,14 @@ class SparseIndexAttention(nn.Module):
             checks.positive_int("seq_len_max", seq_len_max, "use None for any length")
         self.seq_len_max = seq_len_max
         self.upstream_compat = upstream_compat
+        if plan not in stage.PLANS:
+            raise checks.error("plan", f"must be one of {', '.join(stage.PLANS)}", repr(plan), "use 'auto'")
         self.plan = plan
         self.offsets = offsets if isinstance(offsets, patterns.OffsetSet) else patterns.OffsetPattern(offsets)
         pattern = self.offsets | patterns.Window(self.window + 1)
         self.pattern = pattern | patterns.GlobalTokens(self.global_tokens) if self.global_tokens else pattern
+        offset_op.text_of(self.pattern)  # a pattern of one's own is known from here on, whatever compiles the layer
+        self._widths = (self.embed_dim // self.heads,) * 2
         self.in_proj = nn.Linear(embed_dim, 3 * embed_dim, device=device, dtype=dtype)
         self.out_proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
 
@@ -107,30 +68,29 @@ class SparseIndexAttention(nn.Module):
         """[batch, len, embed_dim] to the same shape; with ``return_attention`` also the weights of the kept tokens alone."""
         self._check(x, 0)
         query, key, value = self._project(x)
-        return self._finish(self._attend(query, key, value, return_attention), return_attention)
+        return self._finish(self._attend(query, key, value, return_attention), query.dtype)
 
-    def empty_cache(self, batch_size: int, device: Any = None, dtype: Any = None) -> KeyValueCache:
-        """A cache of no positions, on the device and in the dtype of the weights by default."""
+    def empty_cache(self, batch_size: int, device: Any = None, dtype: Any = None) -> GrowingArrays:
+        """A cache of no positions; device and dtype are those of the weights unless given. Steps attend in the cache's dtype."""
         batch_size = checks.positive_int("batch_size", batch_size, "pass the batch of the inputs")
-        like = self.in_proj.weight.detach()
-        shape = (2, batch_size, self.heads, 0, self.embed_dim // self.heads)
-        return KeyValueCache(_Buffer(like.new_empty(shape, device=device, dtype=dtype), 0), 0)
+        like = self.in_proj.weight
+        return GrowingArrays.empty(batch_size, self.heads, self._widths, device or like.device, dtype or like.dtype)
 
-    def step(self, x: Tensor, cache: KeyValueCache, *, return_attention: bool = False) -> Any:
+    def step(self, x: Tensor, cache: GrowingArrays, *, return_attention: bool = False) -> Any:
         """``(y, cache)`` of the next tokens ``x`` [batch, new, embed_dim]: the rows that ``forward`` gives for the whole.
 
-        With ``return_attention``: ``(y, weights, cache)``.
+        With ``return_attention``: ``(y, weights, cache)``. A cache is never changed: one that was stepped from can be stepped
+        from again.
         """
-        self._check(x, cache.length)
-        batch = cache.buffer.data.shape[1]
-        if x.shape[0] != batch:
+        check_cache(cache, self.heads, self._widths, x.device)
+        self._check(x, len(cache))
+        if x.shape[0] != cache.batch:
             raise checks.error(
-                "x", f"must have the batch of the cache, {batch}", f"shape {tuple(x.shape)}", "use one cache a batch"
+                "x", f"must have the batch of the cache, {cache.batch}", f"shape {tuple(x.shape)}", "use one cache a batch"
             )
         query, key, value = self._project(x)
-        cache = cache.append(torch.stack([key, value]).to(cache.buffer.data.dtype))
-        key, value = cache.keys_and_values.to(query.dtype)
-        made = self._finish(self._attend(query, key, value, return_attention), return_attention)
+        made, cache = step(cache, query, (key, value), partial(self._attend, return_attention=return_attention))
+        made = self._finish(made, query.dtype)
         return (*made, cache) if return_attention else (made, cache)
 
     def _check(self, x: Tensor, before: int) -> None:
@@ -148,7 +108,7 @@ class SparseIndexAttention(nn.Module):
         made = self.in_proj(x).unflatten(-1, (3, self.heads, -1))
         return tuple(made.permute(2, 0, 3, 1, 4))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, return_attention: bool) -> Any:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, return_attention: bool = False) -> Any:
         return offset_attention(
             query,
             key,
@@ -159,10 +119,10 @@ class SparseIndexAttention(nn.Module):
             upstream_compat=self.upstream_compat,
         )
 
-    def _finish(self, made: Any, return_attention: bool) -> Any:
-        output = made[0] if return_attention else made
-        output = self.out_proj(output.transpose(1, 2).flatten(2))
-        return (output, made[1]) if return_attention else output
+    def _finish(self, made: Any, dtype: torch.dtype) -> Any:
+        output, *weights = made if isinstance(made, tuple) else (made,)
+        output = self.out_proj(output.transpose(1, 2).flatten(2).to(dtype))
+        return (output, *weights) if weights else output
 
     def extra_repr(self) -> str:
         plain = (

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sieve_attn import checks
+from sieve_attn.arrays import torch_ops
 from sieve_attn.layers import packing
 from sieve_attn.layers.rotation import Rotation
 from sieve_attn.layers.ternary_op import ternary_linear
@@ -137,9 +138,9 @@ class PackedTernaryLinear(nn.Module):
     """``y = alpha * (x T^T)`` from packed trits ``T``: no parameters, the buffers ``codes`` and ``alpha`` are its state.
 
     ``form="2-bit"`` takes a sixteenth of fp32 weights and is computed with as it is; ``form="base-3"`` stores five trits a byte
-    and expands to two bits at its first call. fp32, fp16 and bf16 inputs are summed in fp32; with ``int8_activations`` every
-    token is rounded to 8 bits under its own scale ``max |x| / 127`` first (faster, and off by that rounding). ``alpha`` [1] or
-    [out_features] stays fp32 whatever the module is cast to. ``x`` may require gradients.
+    and is expanded to two bits when it is first used. fp32, fp16 and bf16 inputs are summed in fp32; with ``int8_activations``
+    every token is rounded to 8 bits under its own scale ``max |x| / 127`` first (faster, and off by that rounding). ``alpha`` [1]
+    or [out_features] stays fp32 whatever the module is cast to. ``x`` may require gradients.
 
     ``x`` [..., in_features] gives [..., out_features]; raises ValueError for another width.
     """
@@ -163,7 +164,6 @@ class PackedTernaryLinear(nn.Module):
         self.register_buffer("codes", torch.full(shape, fill, dtype=dtype, device=device))
         self.register_buffer("alpha", torch.ones(out_features if per_row else 1, dtype=torch.float32, device=device))
         self.rotation = Rotation(self.in_features).to(device) if hadamard else None
-        self._expanded: tuple[Tensor, int, Tensor] | None = None
 
     def _apply(self, fn, recurse=True):
         alpha = self.alpha
@@ -180,18 +180,11 @@ class PackedTernaryLinear(nn.Module):
         """The ternary weights [out_features, in_features] fp32, exactly those that were packed."""
         return self.trits().float() * self.alpha[:, None]
 
-    def _codes(self) -> Tensor:
-        if self.form == "2-bit":
-            return self.codes
-        known = self._expanded
-        if known is None or known[0] is not self.codes or known[1] != self.codes._version:
-            self._expanded = (self.codes, self.codes._version, packing.pack(self.trits()))
-        return self._expanded[2]
-
     def forward(self, x: Tensor) -> Tensor:
         _check_width(x, self.in_features, self.out_features)
+        (x,) = torch_ops.autocast(x)
         x = x if self.rotation is None else self.rotation(x)
-        return ternary_linear(x, self._codes(), self.alpha, self.out_features, self.int8_activations)
+        return ternary_linear(x, self.codes, self.alpha, self.out_features, self.int8_activations)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, form={self.form!r}, int8_activations={self.int8_activations}"
@@ -212,3 +205,5 @@ def _check_width(x: Tensor, width: int, out: int) -> None:
             "x", f"must have shape [..., {width}] for weights of shape [{out}, {width}]", f"shape {tuple(x.shape)}",
             "the last axis holds the channels",
         )  # fmt: skip
+    if not x.is_floating_point():
+        raise checks.error("x", "must be of a floating dtype", x.dtype, "cast it first")

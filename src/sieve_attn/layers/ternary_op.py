@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter, functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sieve_attn import native
 from sieve_attn.arrays import torch_ops
@@ -14,6 +15,19 @@ from sieve_attn.attend.torch_op import _modes, _transforms
 from sieve_attn.layers import packing
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_EXPANDED = WeakTensorKeyDictionary()  # codes in base 3 -> (their version, the same in two bits)
+
+
+def two_bits(codes: Tensor, rows: int, columns: int) -> Tensor:
+    """``codes`` as kernels read them. Those in base 3 are expanded once, and again when something was written into them."""
+    if codes.dtype != torch.uint8:
+        return codes
+    if codes.is_inference():  # nobody counts what is written into these
+        return packing.pack(packing.unpack(codes, rows, columns))
+    known = _EXPANDED.get(codes)
+    if known is None or known[0] != codes._version:
+        known = _EXPANDED[codes] = (codes._version, packing.pack(packing.unpack(codes, rows, columns)))
+    return known[1]
 
 
 def weight_of(codes: Tensor, alpha: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -43,8 +57,9 @@ def _compute(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool) -> 
     flat = x.reshape(-1, x.shape[-1])
     out = torch.empty(flat.shape[0], rows, dtype=x.dtype)
     if flat.shape[0]:
+        words = two_bits(codes, rows, x.shape[-1])
         native.module().ternary_linear(
-            native.view(codes),
+            native.view(words),
             native.view(alpha),
             rows,
             x.shape[-1],
@@ -58,7 +73,7 @@ def _compute(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool) -> 
 
 @torch.library.custom_op("sieve_attn::ternary_linear", mutates_args=())
 def ternary_linear_op(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool) -> Tensor:
-    """``alpha * (x @ trits.T)`` [..., rows] for ``x`` [..., columns], ``codes`` in two bits and ``alpha`` [1 | rows] fp32."""
+    """``alpha * (x @ trits.T)`` [..., rows] for ``x`` [..., columns], packed ``codes`` and ``alpha`` [1 | rows] fp32."""
     with torch_ops.no_grad():
         return _compute(x, codes, alpha, rows, int8)
 

@@ -30,24 +30,25 @@ class TilelliBlock(nn.Module):
 
     def __init__(
         self, d_model: int, paths: Iterable[str | nn.Module] = PATHS, *, kernel_size: int = 5, d_head: int = 32, top_k: int = 8,
-        heads: int = 1, quantize: bool = True,
+        heads: int = 1, quantize: bool = True, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
         self.d_model = checks.positive_int("d_model", d_model, "try 256")
+        where = {"device": device, "dtype": dtype}
         make = {
-            "local": lambda: LocalPath(d_model, kernel_size, quantize),
-            "state": lambda: StatePath(d_model),
-            "sparse": lambda: SparseCausalAttention(d_model, d_head, top_k, quantize, heads),
+            "local": lambda: LocalPath(d_model, kernel_size, quantize, **where),
+            "state": lambda: StatePath(d_model, **where),
+            "sparse": lambda: SparseCausalAttention(d_model, d_head, top_k, quantize, heads, **where),
         }
-        asked = [paths] if isinstance(paths, str) else list(paths)
+        asked = list(paths) if isinstance(paths, Iterable) and not isinstance(paths, str) else [paths]
         unknown = [p for p in asked if not isinstance(p, nn.Module) and p not in make]
         if unknown or not asked:
             raise checks.error(
                 "paths", f"must name at least one of {', '.join(map(repr, PATHS))}, or hold modules", repr(unknown or asked),
                 "leave it out for all three",
             )  # fmt: skip
-        self.norm = nn.LayerNorm(d_model)
-        self.router = TernaryLinear(d_model, len(asked), quantize=quantize)
+        self.norm = nn.LayerNorm(d_model, **where)
+        self.router = TernaryLinear(d_model, len(asked), quantize=quantize, **where)
         self.paths = nn.ModuleList(p if isinstance(p, nn.Module) else make[p]() for p in asked)
 
     def routing(self, x: Tensor) -> Tensor:
@@ -85,8 +86,9 @@ class TilelliBlock(nn.Module):
 
     def forward_incremental(self, x_step: Tensor, cache: tuple) -> tuple[Tensor, tuple]:
         """``(y [batch, 1, d_model], the cache with this token)``."""
-        if len(cache) != len(self.paths):
-            raise checks.error("cache", f"must hold {len(self.paths)} entries, one a path", len(cache), "use empty_cache")
+        held = f"{len(cache)} entries" if isinstance(cache, (tuple, list)) else type(cache).__name__
+        if held != f"{len(self.paths)} entries":
+            raise checks.error("cache", f"must hold {len(self.paths)} entries, one a path", held, "use empty_cache")
         check_step(x_step, self.d_model, x_step.shape[0] if x_step.dim() else 0)
         h = self.norm(x_step)
         steps = [path.forward_incremental(h, held) for path, held in zip(self.paths, cache, strict=True)]

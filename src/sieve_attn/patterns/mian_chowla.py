@@ -9,7 +9,7 @@ import numpy as np
 
 from sieve_attn.patterns.offsets import OffsetSet, check_terms, first_terms
 
-_SEGMENT = 1 << 19  # candidates sieved at a time: they stay in the cache
+_SEGMENT = 1 << 20  # candidates sieved at a time: their bits stay in the cache
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,14 @@ class _Greedy:
     """The sequence as far as anybody asked.
 
     A number ``c`` above all terms may follow iff it is no ``a_j + d`` with ``d`` a difference of two terms. Candidates are
-    sieved in segments: all sums that fall into one are marked, then the unmarked are taken in order, and each new term ``a``
-    marks ``a + d`` behind it. (The other sums with its own differences are among those: ``a_j + a - a_i = a + (a_j - a_i)``.)
+    sieved in segments: all such sums that fall into one are marked, then the unmarked are taken in order, and each new term
+    ``a`` marks ``a + d`` behind it. (Other sums with its own differences are among those: ``a_j + a - a_i = a + (a_j - a_i)``.)
+    Differences are single bits, so that one term marks a segment by OR-ing the bits that lie ``a_j`` before it.
     """
 
     def __init__(self):
         self.terms = np.array([1], np.int64)
-        self.differences = np.zeros(0, np.int64)  # increasing
+        self.differences = np.zeros(0, np.uint8)  # bit d of the whole, the lowest of a byte first: d is a difference
         self.known = 2  # all terms below are found
         self._lock = Lock()
 
@@ -52,29 +53,31 @@ class _Greedy:
             return self.terms[:count]
 
     def _extend(self, size: int) -> None:
-        start, stop = self.known, self.known + size
+        start, stop, wide = self.known, self.known + size, size // 8 + 2
+        if len(self.differences) < stop // 8 + 2:
+            more = max(stop // 8 + 2 - len(self.differences), len(self.differences))
+            self.differences = np.concatenate([self.differences, np.zeros(more, np.uint8)])
+        # bit n + r of row r: number start + n is marked, by terms whose bits lie r places into a byte
+        marks = np.zeros((8, wide), np.uint8)
+        for a in self.terms.tolist():
+            byte, r = divmod(start - a, 8)
+            marks[r] |= self.differences[byte : byte + wide]
         free = np.ones(size, bool)
-        first = np.searchsorted(self.differences, start - self.terms)
-        last = np.searchsorted(self.differences, stop - self.terms)
-        for a, low, high in zip(self.terms.tolist(), first.tolist(), last.tolist(), strict=True):
-            free[self.differences[low:high] + (a - start)] = False
-        old, near, place = self.terms, self.differences, -1
-        while True:
-            ahead = free[place + 1 :]
-            step = int(ahead.argmax()) if len(ahead) else 0
-            if not len(ahead) or not ahead[step]:
-                break
-            place += 1 + step
-            new = start + place
-            self.terms, made = np.append(self.terms, new), new - self.terms
-            # differences beyond the segment mark nothing in it; those inside must be known to the terms that follow
-            near = np.concatenate([near[: np.searchsorted(near, size)], made[made < size]])
-            near.sort()
-            free[place + near[: np.searchsorted(near, size - place)]] = False
-        added = self.terms[len(old) :]
-        apart = (added[:, None] - self.terms[None, :]).ravel()
-        self.differences = np.sort(np.concatenate([self.differences, apart[apart > 0]]), kind="stable")
+        for r in range(8):
+            free &= _bits(marks[r])[r : r + size] == 0
+        place = 0
+        while free[place:].any():
+            place += int(free[place:].argmax())
+            made = start + place - self.terms
+            np.bitwise_or.at(self.differences, made >> 3, np.left_shift(1, made & 7).astype(np.uint8))
+            self.terms = np.append(self.terms, start + place)
+            free[place:] &= _bits(self.differences[: (size - place) // 8 + 1])[: size - place] == 0
+            free[place] = False
         self.known = stop
+
+
+def _bits(packed: np.ndarray) -> np.ndarray:
+    return np.unpackbits(packed, bitorder="little")
 
 
 _SEQUENCE = _Greedy()
