@@ -112,7 +112,7 @@ def attention(
         seconds["geometry"], clock = perf_counter() - clock, perf_counter()
         selection, counts, dense = _choose(call, geometry, policy, per_query, backend)
         # how many there are is known on the device: it is asked when somebody reads it
-        fall_back = partial(_fallbacks, policy, *counts, dense)
+        fall_back = partial(fallbacks, policy, *counts, dense)
         if return_report:
             selected_by = selection_backend(call, geometry, policy, per_query, backend)
         seconds["selection"], clock = perf_counter() - clock, perf_counter()
@@ -194,7 +194,7 @@ def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = 
     ``backend="reference"`` goes chunk by chunk through array operations; others take kernels where kernels know the policy.
     """
     selection, counts, dense = _choose(call, geometry, policy, per_query, backend)
-    return selection, counts, _fallbacks(policy, *counts, dense)
+    return selection, counts, fallbacks(policy, *counts, dense)
 
 
 def _choose(call: Call, geometry: Geometry, policy: Policy, per_query: bool, backend: str):
@@ -210,7 +210,7 @@ def _choose(call: Call, geometry: Geometry, policy: Policy, per_query: bool, bac
     return _select(call, geometry, policy, per_query)
 
 
-def _fallbacks(policy: Policy, kept: Array, visible: Array, dense: Array) -> tuple[Fallback, ...]:
+def fallbacks(policy: Policy, kept: Array, visible: Array, dense: Array) -> tuple[Fallback, ...]:
     """Where the policy turned dense on its own."""
     if not policy.selector.may_turn_dense:
         return ()
