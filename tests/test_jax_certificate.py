@@ -33,7 +33,8 @@ def relative(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    ("name", "per_query"), [("top_blocks", False), ("aether", True), ("event_radar", False), ("windowed", False)]
+    ("name", "per_query"),
+    [("top_blocks", False), ("aether", True), ("windowed", False), pytest.param("event_radar", False, marks=pytest.mark.long)],
 )
 def test_a_certificate_is_that_of_pytorch(name, per_query):
     query, key, value = arrays(batch=1)
@@ -58,7 +59,7 @@ def with_room(chosen, room):
     return replace(found, indices=jnp.pad(found.indices, ((0, 0),) * 3 + ((0, more),), constant_values=-1), rows=rows)
 
 
-@pytest.mark.parametrize("backend", ["native", "gather"])
+@pytest.mark.parametrize("backend", ["native", pytest.param("gather", marks=pytest.mark.long)])
 def test_a_certificate_is_at_least_the_truth(backend):
     shape = Shape(q_len=40, kv_len=96, dim=16, v_dim=8)
     bound = {"native": scores.KeySketch(2), "gather": scores.Box()}[backend]

@@ -103,10 +103,11 @@ def test_forced_patterns_of_any_kind_are_those_of_pytorch(keep):
     assert far_apart(ours, theirs) < 5e-6
 
 
-STEPS = [(name, "native") for name in ("top_blocks", "certified", "aether", "quest", "windowed")]
+STEPS = [("top_blocks", "native"), ("aether", "native"), ("windowed", "native"), ("windowed", "gather")]
+LONG = [("certified", "native"), ("quest", "native"), ("top_blocks", "gather")]
 
 
-@pytest.mark.parametrize(("name", "backend"), [*STEPS, ("top_blocks", "gather"), ("windowed", "gather")])
+@pytest.mark.parametrize(("name", "backend"), [*STEPS, *(pytest.param(*one, marks=pytest.mark.long) for one in LONG)])
 def test_a_step_from_a_cache_of_fixed_size_is_the_step_from_what_fills_it(name, backend):
     query, key, value = arrays(1, 160, batch=1)
     policy = PRESETS[name]

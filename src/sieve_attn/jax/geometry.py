@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import jax
@@ -56,15 +57,23 @@ def append(
     comes after the new keys is out anyway. Only the blocks that the new keys lie in are summarised, on the channel scale that
     the first 64 keys fixed; until those are there, everything is. Equal to building it anew with the same ``key_mask``.
     """
+    from sieve_attn.jax import ffi
+
     key, value, key_mask = (front.to_array(n, x) for n, x in (("key", key), ("value", value), ("key_mask", key_mask)))
     new = positive_int("new", new, "how many keys were written")
-    size, blocks, kv_len, asked = geometry.block_size, geometry.blocks, geometry.kv_len, geometry.statistics
+    kv_len = geometry.kv_len
     if tuple(key.shape[2:3]) != (kv_len,):
         raise error("key", f"must hold the cache that the geometry describes, {kv_len} places", f"shape {tuple(key.shape)}",
                     "build the geometry over the whole cache, filled or not")  # fmt: skip
     if new > kv_len:
         raise error("new", f"must fit the cache of {kv_len} places", new, "make the cache longer")
-    start = jnp.asarray(start, jnp.int32)
+    return _append(geometry, key, jnp.asarray(start, jnp.int32), value, key_mask, new, backend, ffi.threads())
+
+
+@partial(jax.jit, static_argnums=(5, 6, 7))
+def _append(geometry: Geometry, key, start, value, key_mask, new: int, backend: str, threads: int) -> Geometry:
+    """``threads`` of the kernels: what was compiled for another count is compiled again."""
+    size, blocks, kv_len, asked = geometry.block_size, geometry.blocks, geometry.kv_len, geometry.statistics
     there = jnp.broadcast_to(jnp.arange(kv_len) < start + new, (key.shape[0], kv_len))
     there = there if key_mask is None else there & key_mask
     touched = min(-(-(new - 1) // size) + 1, blocks)
