@@ -166,7 +166,7 @@ def test_geometries_and_selections_of_other_calls_are_refused():
 def test_a_meter_without_double_precision_is_refused():
     call = Call(*(jnp.asarray(x) for x in (QUERY, KEY, VALUE)))
     with pytest.raises(ValueError, match=r"`key_meter` must sum in float64, which jax_enable_x64 allows; got arrays of JAX"):
-        key_meter(call, everything(call), None, jnp.zeros((2, 4, 16)))
+        key_meter(call, everything(call), sj.geometry(KEY, TOP), jnp.zeros((2, 4, 16)))
 
 
 def test_blocks_outside_of_the_keys_are_refused_when_the_call_runs():
