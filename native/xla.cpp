@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -64,9 +65,21 @@ struct Prepared {
   Attention a{};
   std::vector<int64_t> edges, row_ptr;
   std::vector<int32_t> block_index;
+  std::vector<uint8_t> row_mask;
   RowChoice rows;
   bool by_rows = false;
 };
+
+// How many keys of a cache of fixed size there are. The query behind the last of them is the last one.
+int64_t filled(const Frame& f, int64_t item, int64_t q_len, int64_t kv_len) {
+  const View v = f.input("kv_length", 0, item);
+  if (!v.data) return kv_len;
+  const int64_t length = v.dtype == I32 ? *data<int32_t>(v) : -1;
+  if (length < q_len || length > kv_len)
+    throw std::invalid_argument("`kv_length` must be an int32 in " + std::to_string(q_len) + ".." + std::to_string(kv_len) +
+                                "; got " + std::to_string(length) + "; write the keys into the cache first");
+  return length;
+}
 
 // Padded blocks to compressed rows. A tile that wanted more blocks than there was room for gets every block.
 void choose_padded(const Frame& f, int64_t item, Prepared& p) {
@@ -79,9 +92,12 @@ void choose_padded(const Frame& f, int64_t item, Prepared& p) {
   c.kv_block = f.integer("kv_block");
   c.lead = f.integer("lead");
   const int64_t tiles = indices.shape[2], room = indices.shape[3], rows = c.batch * c.heads * tiles;
+  // [batch, heads, tiles, room * q_block]: which queries of the tile keep the block
+  const View lanes = f.input("rows", 4, item);
   bool fits = c.q_block >= 1 && c.kv_block >= 1 && c.lead >= 0 && c.lead < c.q_block &&
               tiles == (p.a.q.shape[2] + c.lead + c.q_block - 1) / c.q_block && counts.dtype == I32 && indices.dtype == I32 &&
-              counts.shape[1] * counts.shape[2] * counts.shape[3] == rows;
+              counts.shape[1] * counts.shape[2] * counts.shape[3] == rows &&
+              (!lanes.data || (lanes.shape[3] == room * c.q_block && lanes.shape[0] * lanes.shape[1] * lanes.shape[2] == rows));
   const int64_t blocks = fits ? (p.a.k.shape[2] + c.kv_block - 1) / c.kv_block : 0;
   p.row_ptr.assign(1, 0);
   for (int64_t r = 0; fits && r < rows; ++r) {
@@ -89,7 +105,12 @@ void choose_padded(const Frame& f, int64_t item, Prepared& p) {
     const int32_t* index = data<int32_t>(indices) + r * room;
     if (wanted > room) {
       for (int64_t b = 0; b < blocks; ++b) p.block_index.push_back(static_cast<int32_t>(b));
+      if (lanes.data) p.row_mask.insert(p.row_mask.end(), blocks * c.q_block, 1);
     } else {
+      if (lanes.data && wanted > 0) {
+        const uint8_t* lane = data<uint8_t>(lanes) + r * room * c.q_block;
+        p.row_mask.insert(p.row_mask.end(), lane, lane + wanted * c.q_block);
+      }
       fits = wanted >= 0;
       for (int64_t i = 0; fits && i < wanted; ++i) {
         fits = index[i] >= 0 && index[i] < blocks && (i == 0 || index[i] > index[i - 1]);
@@ -103,6 +124,7 @@ void choose_padded(const Frame& f, int64_t item, Prepared& p) {
                                 std::to_string(blocks) + "; got others; make it with select or PaddedBlocks.from_tiles");
   c.row_ptr = p.row_ptr.data();
   c.block_index = p.block_index.data();
+  c.row_mask = lanes.data ? p.row_mask.data() : nullptr;
 }
 
 void choose_positions(const Frame& f, int64_t item, Prepared& p) {
@@ -141,6 +163,7 @@ void prepare(const Frame& f, int64_t item, Prepared& p) {
   a.scale = static_cast<float>(f.number("scale"));
   a.softcap = static_cast<float>(f.number("softcap"));
   a.threads = static_cast<int>(f.integer("threads"));
+  a.k.shape[2] = a.v.shape[2] = filled(f, item, a.q.shape[2], a.k.shape[2]);
   a.choice.prefix = a.k.shape[2];
 }
 
@@ -171,6 +194,9 @@ void run_attend_backward(const Frame& f, int64_t item) {
   }
   const Gradients g{f.input("d_output", 4, item), data<float>(f.input("lse", 3, item)), data<float>(f.input("shift", 3, item)),
                     f.output("d_query", 4, item), f.output("d_key", 4, item), f.output("d_value", 4, item), d_bias};
+  if (f.has("kv_length"))
+    for (const View& d : {g.dk, g.dv})
+      std::memset(d.data, 0, d.shape[0] * d.shape[1] * d.shape[2] * d.shape[3] * dtype_bytes(d.dtype));
   p.by_rows ? attend_rows_backward(p.a, p.rows, g) : attend_backward(p.a, g);
 }
 
@@ -200,7 +226,8 @@ void run_geometry(const Frame& f, int64_t item) {
   t.scale = data<uint16_t>(f.output("scale", 3, item));
   t.error = data<uint16_t>(f.output("error", 3, item));
   t.metric_error = data<uint16_t>(f.output("metric_error", 3, item));
-  t.channel_scale = data<float>(f.output("channel_scale", 3, item));
+  t.scale_is_given = f.has("given_scale");
+  t.channel_scale = data<float>(t.scale_is_given ? f.input("given_scale", 3, item) : f.output("channel_scale", 3, item));
   t.spectral = data<float>(f.output("spectral", 3, item));
   t.metric_spectral = data<float>(f.output("metric_spectral", 3, item));
   build_geometry(t);
@@ -320,7 +347,7 @@ void run_scan(const Frame& f, int64_t item) {
   g.causal = f.integer("causal");
   g.window = f.integer("window");
   g.scale = static_cast<float>(f.number("scale"));
-  g.kv_len = f.integer("kv_len");
+  g.kv_len = filled(f, item, g.q.shape[2], f.integer("kv_len"));
   g.kv_block = f.integer("block_size");
   g.q_tile = f.integer("query_tile");
   g.lead = f.integer("lead");

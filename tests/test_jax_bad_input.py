@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,10 @@ import sieve_attn
 import sieve_attn.jax as sj
 from sieve_attn import policies as P
 from sieve_attn import scores, selection
-from sieve_attn.patterns import Primes
+from sieve_attn.certify import key_meter
+from sieve_attn.jax.backends import everything
+from sieve_attn.patterns import Pattern
+from sieve_attn.types import Call, Selection, Tokens
 
 QUERY, KEY, VALUE = arrays(16, 32)
 TOP = P.TopBlocks(1)
@@ -28,7 +32,9 @@ def python(program):
 
 def test_jax_is_imported_by_its_front_end_alone():
     assert python("import sieve_attn, sys; from sieve_attn import policies, pipeline; print('jax' in sys.modules)") == "False\n"
-    assert python("import sieve_attn.jax, sys; print('torch' in sys.modules)") == "False\n"
+    # any call may be a process's first: each finds its kernels
+    first = "sieve_attn.jax.geometry(numpy.ones((1, 1, 32, 8), 'float32'), sieve_attn.policies.TopBlocks(1))"
+    assert python(f"import numpy, sieve_attn.jax, sys; {first}; print('torch' in sys.modules)") == "False\n"
 
 
 @pytest.mark.parametrize("way", ["import sieve_attn.jax", "import sieve_attn; sieve_attn.jax"])
@@ -114,12 +120,15 @@ def test_unsupported_platforms_are_named(monkeypatch):
     assert (report.backend, report.why_backend) == ("gather", "native: kernels run on cpu, not on tpu")
 
 
+@dataclass(frozen=True)
+class OfSomebodyElse(Pattern):
+    def keeps(self, position, key):
+        return key % 2 == position % 2
+
+
 def test_policies_that_cannot_be_traced_are_refused():
-    far = P.Policy(scores.KeySketch(), selection.TopK(1), far_field=True)
-    with pytest.raises(ValueError, match=r"`policy` must have no far field under JAX"):
-        sj.attention(QUERY, KEY, VALUE, far)
-    forced = P.Policy(scores.KeySketch(), selection.TopK(1), Primes())
-    with pytest.raises(ValueError, match=r"`policy` must force Sinks and Window only where JAX chooses blocks; got Primes"):
+    forced = P.Policy(scores.KeySketch(), selection.TopK(1), OfSomebodyElse())
+    with pytest.raises(ValueError, match=r"`policy` must force Sinks, Window, offsets and RandomBlocks only .* OfSomebody"):
         sj.attention(QUERY, KEY, VALUE, forced)
     with pytest.raises(ValueError, match=r"`policy` must have a scorer and a selector to choose blocks"):
         sj.select(QUERY, KEY, P.Windowed(1, 8))
@@ -145,8 +154,19 @@ def test_geometries_and_selections_of_other_calls_are_refused():
         sj.attend(QUERY, KEY, VALUE, sj.PaddedBlocks(chosen.counts, chosen.indices, 16, 32, 64, 0))
     with pytest.raises(TypeError, match=r"`selection` must be a PaddedBlocks or a Selection; got list"):
         sj.attend(QUERY, KEY, VALUE, [])
+    with pytest.raises(ValueError, match=r"`selection` must have rows of the shape of indices times q_block; got shape \(2, 2\)"):
+        sj.attend(QUERY, KEY, VALUE, replace(chosen, rows=jnp.zeros((2, 2), bool)))
+    single = Selection((Tokens(jnp.zeros((2, 4, 16, 1), jnp.int32), 32),))
+    with pytest.raises(ValueError, match=r"`selection` must be made of Blocks, or of Ranges and Offsets; got Tokens"):
+        sj.attend(QUERY, KEY, VALUE, single)
     with pytest.raises(ValueError, match=r"`policy` must be given, or block_size and statistics instead"):
         sj.geometry(KEY)
+
+
+def test_a_meter_without_double_precision_is_refused():
+    call = Call(*(jnp.asarray(x) for x in (QUERY, KEY, VALUE)))
+    with pytest.raises(ValueError, match=r"`key_meter` must sum in float64, which jax_enable_x64 allows; got arrays of JAX"):
+        key_meter(call, everything(call), sj.geometry(KEY, TOP), jnp.zeros((2, 4, 16)))
 
 
 def test_blocks_outside_of_the_keys_are_refused_when_the_call_runs():

@@ -1,6 +1,7 @@
 """Sampling: models with ``GeometricSparseAttention`` inside ``KVCachingTransformerLM``."""
 
 import dataclasses
+import sys
 
 import jax
 import numpy as np
@@ -10,6 +11,8 @@ from penzai.models.transformer.sampling_mode import KVCachingTransformerLM
 from penzai.models.transformer.simple_decoding_loop import temperature_sample_pyloop
 from penzai_models import EVERYTHING, VARIANTS, build, jitted, part, plain, quick_compilation, sparse, tokens  # noqa: F401
 
+import sieve_attn.jax as sj
+from sieve_attn import policies
 from sieve_attn.penzai import (
     GeometricSparseAttention,
     KVCachingGeometricSparseAttention,
@@ -75,6 +78,37 @@ def test_steps_stay_sparse_and_read_what_the_policy_keeps():
         kept, keys = (np.asarray(y.unwrap(*names)) for y in (mask.kept, mask.keys))
         np.testing.assert_array_equal(kept.sum((2, 3)), 1)
         np.testing.assert_array_equal(keys[1, 0, 0], [16] * 6 + [4, 0])
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama_stacked"])
+def test_summaries_grow_with_the_cache_and_are_those_built_anew(variant, monkeypatch):
+    thin, x = sparse(build(variant), policy="top_blocks(k=1, sinks=0, window=32)"), tokens(99, batch=2)
+    caching = capture_masks(kv_caching(thin, 130, BATCH))
+    for ends in ((0, 40), (40, 97)):
+        jitted(caching, part(x, *ends))
+    # a step that summarised the whole cache would call this
+    monkeypatch.setattr(sys.modules["sieve_attn.jax.attention"], "_geometry", None)
+    for at in (97, 98):
+        jitted(caching, part(x, at, at + 1))
+    layer = pz.select(caching).at_instances_of(KVCachingGeometricSparseAttention).get_sequence()[0]
+    stack = {"blocks": 1} if variant == "llama_stacked" else {}
+    order = (*stack, "batch", "head_groups", "seq", "projection")
+    key = np.asarray(layer.kv_cache.value[0].unwrap(*order)).reshape(2, 2, 130, 8)
+    held = layer.kv_geometry.value
+    anew = sj.geometry(key, policies.TopBlocks(1), key_mask=np.broadcast_to(np.arange(130) < 99, (2, 130)))
+    assert int(np.asarray(anew.count).sum()) == 4 * 99
+    leaves = jax.tree.leaves(held, is_leaf=lambda x: isinstance(x, pz.nx.NamedArrayBase))
+    for mine, other in zip(leaves, jax.tree.leaves(anew), strict=True):
+        rest = [name for name in mine.named_shape if name.startswith("summary")]
+        mine = np.asarray(mine.unwrap(*stack, "batch", "head_groups", *sorted(rest)))
+        mine = mine.reshape(2, 2, *mine.shape[2 + len(stack) :])
+        other = np.moveaxis(np.asarray(other), 0, 2) if other.ndim == 5 else np.asarray(other)
+        np.testing.assert_array_equal(mine, other)
+    for mask in captured_masks(caching).values():
+        kept = np.asarray(mask.kept.unwrap(*stack, "batch", "head_groups", "q_block", "kv_block"))
+        # the policy's window ends with the token itself, not with the cache
+        assert kept[..., 4:7].all()
+        assert (kept.sum(-1) <= 4).all()
 
 
 def test_padding_in_the_prompt_is_no_token():

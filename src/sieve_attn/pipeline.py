@@ -90,6 +90,7 @@ def attention(
         return compiled(query, key, value, policy.text, geometry=geometry, selection=selection, **options)
     query, key, value = _front_end(query, key, value)
     call = _call(query, key, value, **options)
+    checks.holding_values(query)
     if selection is None and not policy.chooses_blocks and policy.keep is not None and call.kv_len >= policy.min_seq_length:
         selection = policy.keep.selection(call.q_len, call.kv_len, causal=causal).beside(query)
     elif selection is not None:
@@ -119,7 +120,7 @@ def attention(
         seconds["geometry"], clock = perf_counter() - clock, perf_counter()
         made, (selection, counts, dense) = _stream_or_choose(call, geometry, policy, per_query, backend, name, return_report)
         # how many there are is known on the device: it is asked when somebody reads it
-        fall_back = partial(_fallbacks, policy, *counts, dense)
+        fall_back = partial(fallbacks, policy, *counts, dense)
         if return_report:
             selected_by = selection_backend(call, geometry, policy, per_query, backend)
         seconds["selection"], clock = perf_counter() - clock, perf_counter()
@@ -188,6 +189,7 @@ def attend(
         return compiled_attend(query, key, value, selection, backend=backend, **options)
     query, key, value = _front_end(query, key, value)
     call = _call(query, key, value, dropout=0.0, **options)
+    checks.holding_values(query)
     checks.selection_fits(selection, query, key)
     return _attend(call, selection, dispatch.choose(backend, _request(call, DENSE, selection))[0], None)
 
@@ -215,7 +217,7 @@ def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = 
     ``backend="reference"`` goes chunk by chunk through array operations; others take kernels where kernels know the policy.
     """
     selection, counts, dense = _choose(call, geometry, policy, per_query, backend)
-    return selection, counts, _fallbacks(policy, *counts, dense)
+    return selection, counts, fallbacks(policy, *counts, dense)
 
 
 def _choose(call: Call, geometry: Geometry, policy: Policy, per_query: bool, backend: str):
@@ -245,7 +247,7 @@ def _stream_or_choose(
     return (output, lse), chosen() if report else (None, (None, None), None)
 
 
-def _fallbacks(policy: Policy, kept: Array, visible: Array, dense: Array) -> tuple[Fallback, ...]:
+def fallbacks(policy: Policy, kept: Array, visible: Array, dense: Array) -> tuple[Fallback, ...]:
     """Where the policy turned dense on its own."""
     if not policy.selector.may_turn_dense:
         return ()
@@ -392,7 +394,6 @@ def _front_end(query: Array, key: Array, value: Array) -> tuple[Array, Array, Ar
 def _call(query, key, value, *, scale, dropout, **options) -> Call:
     xp = arrays.namespace(query, key, value)
     checks.qkv(query, key, value, xp=xp)
-    checks.holding_values(query)
     checked = ("mask", "key_mask", "bias", "softcap", "cu_seqlens", "sink", "window")
     checks.attention_options(query, key, scale=scale, dropout=dropout, xp=xp, **{name: options[name] for name in checked})
     if options["cu_seqlens"] is not None:

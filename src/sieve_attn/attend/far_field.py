@@ -60,6 +60,7 @@ class Expansion:
     """The far field of one chunk: per (query, block) a mass, and per block what it stands on."""
 
     mass: Array  # [batch, q_heads, rows, blocks] log m_B, -inf where the block is not far
+    free: Array  # log m_B before it was clipped
     slope: Array  # d mass / d (c + spread): 0 where the mass was clipped
     mean: Array  # [batch, kv_heads, blocks, dim]
     variance: Array  # [batch, kv_heads, blocks, dim]
@@ -84,7 +85,7 @@ def expand(rows: Rows, kept: Array, geometry: Geometry, bound: Bound, call: Call
     scores = bound.score(rows, geometry, brackets=True)
     mass = xp.maximum(xp.minimum(free, scores.upper), scores.lower)
     slope = xp.where(far & (mass == free), 1.0 if rows.softcap is None else 1.0 - (capped / rows.softcap) ** 2, 0.0)
-    return Expansion(xp.where(far, mass, -math.inf), slope, mean, variance, worth, part)
+    return Expansion(xp.where(far, mass, -math.inf), free, slope, mean, variance, worth, part)
 
 
 def add_far_field(rows: Rows, kept: Array, out: Array, lse: Array, far_field: FarField, call: Call) -> tuple[Array, Array]:

@@ -51,6 +51,9 @@ def key_meter(
     """
     xp = arrays.namespace(call.query)
     positive_int("samples", samples, "try 256")
+    if xp.zeros((1,), xp.float64, call.query).dtype != xp.float64:
+        raise error("key_meter", "must sum in float64, which jax_enable_x64 allows", "arrays of JAX while it is off",
+                    "set jax_enable_x64, or convert the call to NumPy")  # fmt: skip
     _level(alpha)
     scorer = KeySketch(bits=geometry.sketch.bits)
     out = []

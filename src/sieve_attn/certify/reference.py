@@ -45,18 +45,39 @@ def certify(
             seen = call.kv_stop(stop, geometry.block_size)
             rows, part = call.rows(start, stop, seen), front(geometry, seen)
             kept = call.kept(selection, start, stop, seen)
-            log_k = _kept(xp, rows, part, lse[:, :, start:stop], rounding)
-            delta, dropped, scores = _dropped(xp, rows, part, bound, kept, log_k)
-            masses.append(xp.cast(delta, xp.float32))
-            if output is not None and geometry.value_mean is not None:
-                made = xp.cast(output[:, :, start:stop], rows.query.dtype)
-                if far_field is None:
-                    bad = delta * _reach(xp, rows, part, dropped, made, call)
-                else:
-                    bad = _far_error(xp, rows, part, kept, dropped, scores, made, log_k, call, far_field)
-                errors.append(xp.cast(xp.where(delta == 0, 0.0, bad * (1 + 64 * UNIT)), xp.float32))
+            made = None if output is None else output[:, :, start:stop]
+            delta, bad = certify_rows(rows, part, kept, lse[:, :, start:stop], made, bound, call, far_field, rounding)
+            masses.append(delta)
+            errors += [] if bad is None else [bad]
     output_error = xp.concat(errors, 2) if errors else None
     return Certificate(xp.concat(masses, 2), repr(bound), output_error)
+
+
+def certify_rows(
+    rows: Rows,
+    part: Geometry,
+    kept: Array,
+    lse: Array,
+    output: Array | None,
+    bound: Bound,
+    call: Call,
+    far_field: FarField | None,
+    rounding: Rounding,
+    keys: Array | int | None = None,
+) -> tuple[Array, Array | None]:
+    """``(dropped mass, output error or None)`` [batch, q_heads, rows] of one chunk, whose sums ran over at most ``keys`` keys."""
+    xp = arrays.namespace(rows.query)
+    keys = rows.visible.shape[-1] if keys is None else keys
+    log_k = _kept(xp, rows, part, lse, rounding, keys)
+    delta, dropped, scores = _dropped(xp, rows, part, bound, kept, log_k, keys)
+    if output is None or part.value_mean is None:
+        return xp.cast(delta, xp.float32), None
+    made = xp.cast(output, rows.query.dtype)
+    if far_field is None:
+        bad = delta * _reach(xp, rows, part, dropped, made, call)
+    else:
+        bad = _far_error(xp, rows, part, kept, dropped, scores, made, log_k, call, far_field)
+    return xp.cast(delta, xp.float32), xp.cast(xp.where(delta == 0, 0.0, bad * (1 + 64 * UNIT)), xp.float32)
 
 
 def require_full_precision(xp: Any, query: Array) -> None:
@@ -72,27 +93,26 @@ def require_full_precision(xp: Any, query: Array) -> None:
             )
 
 
-def _dropped(xp, rows: Rows, geometry: Geometry, bound: Bound, kept: Array, log_k: Array):
+def _dropped(xp, rows: Rows, geometry: Geometry, bound: Bound, kept: Array, log_k: Array, keys: Array | int):
     """``(delta, dropped blocks, scores)`` of one chunk."""
     size = geometry.block_size
     scores = bound.score(rows, geometry, brackets=True)
     left = xp.any_(split_blocks(rows.visible & ~kept, size, False), -1)
     dropped = xp.broadcast_to(left, scores.upper.shape)
     log_p = xp.logsumexp(xp.where(dropped, scores.upper, -math.inf), -1)
-    log_p = log_p + (scores.upper.shape[-1] + 16) * UNIT
+    log_p = log_p + (-(-keys // size) + 16) * UNIT
     seen = visible_count(rows, size) > 0
     delta = dropped_mass(xp, log_k, log_p)
     broken = xp.any_(seen & ~per_query_head(geometry.finite, rows)[:, :, None, :], -1)
     return xp.where(broken | ~xp.isfinite(query_norm(rows)[..., 0]), 1.0, delta), dropped, scores
 
 
-def _kept(xp, rows: Rows, geometry: Geometry, lse: Array, rounding: Rounding) -> Array:
+def _kept(xp, rows: Rows, geometry: Geometry, lse: Array, rounding: Rounding, keys: Array | int) -> Array:
     """``log K``: what the returned ``lse`` proves to have been kept."""
     seen = visible_count(rows, geometry.block_size) > 0
     norm = xp.amax(xp.where(seen, per_query_head(geometry.key_norm, rows)[:, :, None, :], 0.0), -1)
     margin = logit_margin(rows.scale, query_norm(rows)[..., 0], norm, rows.query.shape[-1] + 8, rounding.unit)
-    additions = rows.visible.shape[-1]
-    return kept_mass(xp, xp.cast(lse, rows.query.dtype), margin=margin, additions=additions, rounding=rounding)
+    return kept_mass(xp, xp.cast(lse, rows.query.dtype), margin=margin, additions=keys, rounding=rounding)
 
 
 def _distance(xp, means: Array, made: Array, rows: Rows, exact_output: bool) -> Array:

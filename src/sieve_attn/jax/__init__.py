@@ -15,12 +15,13 @@ if find_spec("jax") is None:
     )
 
 from sieve_attn.jax.attention import attend, attention, manifold, select
-from sieve_attn.jax.geometry import geometry
+from sieve_attn.jax.geometry import append, geometry
 from sieve_attn.jax.offsets import offset_attention
 from sieve_attn.jax.report import Report
 from sieve_attn.jax.selection import PaddedBlocks
 from sieve_attn.jax.top_k import top_k_attention
 
 __all__ = [
-    "PaddedBlocks", "Report", "attend", "attention", "geometry", "manifold", "offset_attention", "select", "top_k_attention",
+    "PaddedBlocks", "Report", "append", "attend", "attention", "geometry", "manifold", "offset_attention", "select",
+    "top_k_attention",
 ]  # fmt: skip

@@ -11,13 +11,16 @@ import jax.numpy as jnp
 
 from sieve_attn import checks
 from sieve_attn.checks import error
-from sieve_attn.jax import backends, ffi, stages
+from sieve_attn.jax import backends, ffi, forced, stages
 from sieve_attn.jax import call as front
 from sieve_attn.jax import geometry as stage_geometry
+from sieve_attn.jax.call import Call
+from sieve_attn.jax.certificate import Evidence
+from sieve_attn.jax.given import geometry_fits, static_flag, to_selection
 from sieve_attn.jax.report import Report
 from sieve_attn.jax.selection import PaddedBlocks
-from sieve_attn.policies import Policy
-from sieve_attn.types import Call, Geometry, Ranges, Selection
+from sieve_attn.policies import FAR_FIELD_STATISTICS, Policy
+from sieve_attn.types import Fallback, Geometry, Selection, Statistics
 
 DENSE = Policy()
 
@@ -33,6 +36,9 @@ class Plan:
     report: bool
     chosen: Selection | None = None  # ranges, offsets: what follows from positions alone
     chooses: bool = False
+    per_query: bool = False
+    expands: bool = False  # with the far field
+    short: Fallback | None = None
     threads: int = 1  # of the kernels: what was compiled for another count is compiled again
 
 
@@ -53,6 +59,8 @@ def attention(
     cu_seqlens: Any = None,
     geometry: Geometry | None = None,
     selection: PaddedBlocks | Selection | None = None,
+    kv_length: Any = None,
+    per_query: bool = False,
     max_blocks: int | None = None,
     backend: str = "auto",
     return_lse: bool = False,
@@ -64,6 +72,8 @@ def attention(
     [batch, kv_heads, kv_len, dim | v_dim]; everything that is no array is static under ``jit``. Differentiable in query, key,
     value, bias and sink; the kept set is a constant. ``max_blocks`` bounds how many blocks a tile may keep; None leaves room for
     all, so that nothing overflows. A tile that wants more attends to every block it sees, and ``report.overflow`` says so.
+    ``kv_length``: a scalar, perhaps traced, for decoding from a cache of fixed size: only so many keys are there, and the one
+    query of each sequence sits at the last of them.
 
     ``backend``: ``native`` (C++ through XLA's foreign functions, CPU), ``gather`` (``jax.numpy``, any platform), ``pallas``
     (block-sparse kernel; forward natively on GPU and TPU, interpreted on CPU; gradients by the gather), ``reference`` (the shared
@@ -71,7 +81,8 @@ def attention(
     ``jax.default_backend()``.
 
     Returns the output [batch, q_heads, q_len, v_dim], then ``lse`` [batch, q_heads, q_len] with ``return_lse`` and a
-    :class:`~sieve_attn.jax.Report` with ``return_report``. Raises ValueError (or TypeError) before any work.
+    :class:`~sieve_attn.jax.Report`, which holds the certificate, with ``return_report``. Raises ValueError (or TypeError) before
+    any work.
 
     With ``policy=None`` it equals::
 
@@ -81,34 +92,43 @@ def attention(
     checks.policy_like(policy, Policy)
     call = front.make(
         query, key, value, causal=causal, scale=scale, mask=mask, key_mask=key_mask, bias=bias, softcap=softcap, window=window,
-        sink=sink, cu_seqlens=cu_seqlens,
+        sink=sink, cu_seqlens=cu_seqlens, kv_length=kv_length,
     )  # fmt: skip
     if max_blocks is not None:
         max_blocks = checks.positive_int("max_blocks", max_blocks, "leave it out for room for every block")
-    short = call.kv_len < policy.min_seq_length
-    if policy.far_field and not short:
-        raise error("policy", "must have no far field under JAX", repr(policy), "leave far_field out")
+    static_flag("per_query", per_query)
+    short = None
+    if selection is None and call.kv_len < policy.min_seq_length:
+        reason = f"kv_len {call.kv_len} is below min_seq_length {policy.min_seq_length}"
+        short = Fallback(reason, call.query.shape[0] * call.query.shape[1])
     if selection is not None:
         selection = to_selection(selection, call)
-    chooses = selection is None and policy.chooses_blocks and not short
+    chooses = selection is None and policy.chooses_blocks and short is None
+    expands = policy.far_field and short is None
     if selection is None and not chooses:
         selection = backends.everything(call)
-        if policy.keep is not None and not policy.chooses_blocks and not short:
+        if policy.keep is not None and not policy.chooses_blocks and short is None:
             selection = to_selection(policy.keep.selection(call.q_len, call.kv_len, causal=call.causal), call)
-    if geometry is not None and chooses:
+    if geometry is not None and (chooses or expands):
         geometry_fits(geometry, call, policy)
     if backend == "pallas" and chooses:
-        backends.pallas_fits(policy)
-    name, why = backends.choose(backend, call, selection)
+        backends.pallas_fits(policy, per_query)
+    name, why = backends.choose(backend, call, selection, expands)
     if chooses and name != "reference":
-        stages.check_pattern(policy)
+        forced.check(policy.keep)
     chosen = selection if isinstance(selection, Selection) else None
-    plan = Plan(policy, name, why, max_blocks, return_report, chosen, chooses, ffi.threads())
+    plan = Plan(policy, name, why, max_blocks, return_report, chosen, chooses, per_query, expands, short, ffi.threads())
     padded = selection if isinstance(selection, PaddedBlocks) else None
+    held, settled = front.taken_apart(call)
     if name == "reference":
         output, lse, report = backends.reference(call, plan, geometry, padded)
     else:
-        output, lse, report = _run(*_taken_apart(call), geometry, padded, plan)
+        output, lse, report = _run(held, settled, geometry, padded, plan)
+    if report is not None:
+        asked = policy.certifier.proof_statistics | Statistics(value=True)
+        known = geometry if geometry is not None and geometry.has(asked) else None
+        proof = Evidence(held, output, lse, known, report.selection, settled, policy, name, chosen, expands)
+        report = replace(report, evidence=proof)
     results = (output, *([lse] if return_lse else []), *([report] if return_report else []))
     return results[0] if len(results) == 1 else results
 
@@ -128,12 +148,13 @@ def attend(
     window: int | None = None,
     sink: Any = None,
     cu_seqlens: Any = None,
+    kv_length: Any = None,
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """The kernel stage alone: ``(output, lse)`` over the visible keys of ``selection``; see :func:`attention`."""
     return attention(
         query, key, value, None, selection=selection, causal=causal, scale=scale, mask=mask, key_mask=key_mask, bias=bias,
-        softcap=softcap, window=window, sink=sink, cu_seqlens=cu_seqlens, backend=backend, return_lse=True,
+        softcap=softcap, window=window, sink=sink, cu_seqlens=cu_seqlens, kv_length=kv_length, backend=backend, return_lse=True,
     )  # fmt: skip
 
 
@@ -152,6 +173,8 @@ def select(
     sink: Any = None,
     cu_seqlens: Any = None,
     geometry: Geometry | None = None,
+    kv_length: Any = None,
+    per_query: bool = False,
     max_blocks: int | None = None,
     backend: str = "auto",
 ) -> PaddedBlocks:
@@ -162,17 +185,19 @@ def select(
     checks.policy_like(policy, Policy)
     if not policy.chooses_blocks:
         raise error("policy", "must have a scorer and a selector to choose blocks", repr(policy), "try policies.TopBlocks(64)")
-    stages.check_pattern(policy)
+    forced.check(policy.keep)
+    static_flag("per_query", per_query)
     call = front.make(
         query, key, key, causal=causal, scale=scale, mask=mask, key_mask=key_mask, bias=bias, softcap=softcap, window=window,
-        sink=sink, cu_seqlens=cu_seqlens,
+        sink=sink, cu_seqlens=cu_seqlens, kv_length=kv_length,
     )  # fmt: skip
     if geometry is not None:
         geometry_fits(geometry, call, policy)
     if max_blocks is not None:
         max_blocks = checks.positive_int("max_blocks", max_blocks, "leave it out for room for every block")
     name, why = backends.choose("gather" if backend == "reference" else backend, call, None)
-    return _select(*_taken_apart(call), geometry, Plan(policy, name, why, max_blocks, False, chooses=True, threads=ffi.threads()))
+    plan = Plan(policy, name, why, max_blocks, False, chooses=True, per_query=per_query, threads=ffi.threads())
+    return _select(*front.taken_apart(call), geometry, plan)
 
 
 def manifold(query: Any, key: Any, policy: Policy, **options: Any) -> jax.Array:
@@ -180,74 +205,21 @@ def manifold(query: Any, key: Any, policy: Policy, **options: Any) -> jax.Array:
     return select(query, key, policy, **options).to_tiles()
 
 
-def to_selection(selection: Any, call: Call) -> PaddedBlocks | Selection:
-    """A selection made elsewhere: blocks padded, ranges and offsets as they are, each for this call."""
-    if not isinstance(selection, (PaddedBlocks, Selection)):
-        raise error(
-            "selection", "must be a PaddedBlocks or a Selection", type(selection).__name__, "make it with select", TypeError
-        )
-    if (selection.q_len, selection.kv_len) != (call.q_len, call.kv_len):
-        checks.selection_fits(selection, call.query, call.key)
-    if isinstance(selection, Selection):
-        checks.selection_fits(selection, call.query, call.key)
-        if any(isinstance(part, Ranges) for part in selection.parts) or selection.blocks is None:
-            return selection
-        return PaddedBlocks.from_selection(selection)
-    for name in ("q_block", "kv_block"):
-        checks.positive_int(f"selection.{name}", getattr(selection, name), "make it with select or PaddedBlocks.from_tiles")
-    shape = tuple(selection.counts.shape)
-    if len(shape) != 3 or tuple(selection.indices.shape[:-1]) != shape or shape[2] != selection.tiles or not selection.max_blocks:
-        raise error("selection", f"must have counts [batch, heads, {selection.tiles}] and indices of that shape times max_blocks",
-                    f"shapes {shape} and {tuple(selection.indices.shape)}",
-                    "make it with select or PaddedBlocks.from_tiles")  # fmt: skip
-    batch, heads = shape[:2]
-    if batch not in (1, call.query.shape[0]) or heads not in (1, call.key.shape[1], call.query.shape[1]):
-        raise error("selection", f"must have batch 1 or {call.query.shape[0]} and heads 1, {call.key.shape[1]} or "
-                    f"{call.query.shape[1]}", f"batch {batch}, heads {heads}", "select again for these inputs")  # fmt: skip
-    return selection
-
-
-def geometry_fits(geometry: Geometry, call: Call, policy: Policy) -> None:
-    """Shapes and statistics; which keys a geometry was built from is not known while it is traced."""
-    if not isinstance(geometry, Geometry):
-        raise error("geometry", "must be a Geometry", type(geometry).__name__, "build it with sieve_attn.jax.geometry", TypeError)
-    if isinstance(geometry.count, jax.core.Tracer) or isinstance(call.key_mask, jax.core.Tracer):
-        known = call.key.shape[0] * call.key.shape[1] * call.kv_len
-        held = replace(geometry, count=_full_count(geometry.count.shape, known))
-        checks.geometry_fits(held, call.key, None, policy.block_size, policy.statistics)
-    else:
-        checks.geometry_fits(geometry, call.key, call.key_mask, policy.block_size, policy.statistics)
-
-
-class _full_count:
-    """Stands for counts that are being traced."""
-
-    def __init__(self, shape: tuple[int, ...], total: int):
-        self.shape, self.total = shape, total
-
-    def sum(self) -> int:
-        return self.total
-
-
-def _taken_apart(call: Call) -> tuple[dict, tuple]:
-    names = ("query", "key", "value", *front.OPTIONAL)
-    held = {name: x for name in names if (x := getattr(call, name)) is not None}
-    return held, (call.causal, call.scale, call.softcap, call.window)
-
-
-def _put_together(held: dict, settled: tuple) -> Call:
-    causal, scale, softcap, window = settled
-    return Call(**held, causal=causal, scale=scale, softcap=softcap, window=window)
-
-
 @partial(jax.jit, static_argnums=(1, 4))
 def _run(held: dict, settled: tuple, geometry: Geometry | None, padded: PaddedBlocks | None, plan: Plan):
-    call = _put_together(held, settled)
+    call = front.put_together(held, settled)
     counts, selected_by = (None, None, None), ""
     if plan.chooses:
         padded, counts, selected_by = _choose(call, geometry, plan)
     selection = plan.chosen if plan.chosen is not None else padded
-    output, lse = backends.module(plan.backend).attend(call, selection)
+    if plan.expands:
+        from sieve_attn.jax import far_field
+
+        if geometry is None or not geometry.has(FAR_FIELD_STATISTICS):
+            geometry = _geometry(call, plan.policy, False)
+        output, lse = far_field.attend(call, selection, geometry)
+    else:
+        output, lse = backends.module(plan.backend).attend(call, selection)
     if not plan.report:
         return output, lse, None
     kept, visible, dense = counts
@@ -256,13 +228,13 @@ def _run(held: dict, settled: tuple, geometry: Geometry | None, padded: PaddedBl
         kept = jnp.where(overflow, visible, kept)
     else:
         kept, visible = stages.count_keys(call, selection)
-    report = Report(kept, visible, dense, overflow, padded, repr(plan.policy), plan.backend, plan.why, selected_by)
+    report = Report(kept, visible, dense, overflow, padded, plan.policy, plan.backend, plan.why, selected_by, plan.short)
     return output, lse, report
 
 
 @partial(jax.jit, static_argnums=(1, 3))
 def _select(held: dict, settled: tuple, geometry: Geometry | None, plan: Plan) -> PaddedBlocks:
-    return _choose(_put_together(held, settled), geometry, plan)[0]
+    return _choose(front.put_together(held, settled), geometry, plan)[0]
 
 
 def _choose(call: Call, geometry: Geometry | None, plan: Plan):
@@ -272,20 +244,27 @@ def _choose(call: Call, geometry: Geometry | None, plan: Plan):
     room = blocks if plan.max_blocks is None else min(plan.max_blocks, blocks)
     native = plan.backend == "native"
     if geometry is None:
-        key = jax.lax.stop_gradient(call.key)
-        backend = "native" if native else "gather"
-        geometry = stage_geometry.geometry(key, policy, value=call.value, key_mask=call.key_mask, backend=backend)
-    if native:
+        geometry = _geometry(call, policy, native)
+
+    def by_stages():
+        return stages.choose(call, geometry, policy, room, plan.per_query)
+
+    if native and not plan.per_query:
         from sieve_attn.jax import ffi_stages
 
-        found = ffi_stages.choose(call, geometry, policy, room)
+        found = ffi_stages.choose(call, geometry, policy, room, by_stages)
         if found is not None:
             return (*found, "native")
-    found = stages.choose_tiles(call, geometry, policy)
-    grid = {"q_len": call.q_len, "kv_len": call.kv_len, "q_block": policy.query_tile, "kv_block": policy.block_size,
-            "lead": call.lead(policy.query_tile)}  # fmt: skip
-    padded = PaddedBlocks.from_tiles(found.tiles, room, **grid)
-    return padded, (found.kept, found.visible, found.dense_tiles), "stages"
+    return (*by_stages(), "stages")
+
+
+def _geometry(call: Call, policy: Policy, native: bool) -> Geometry:
+    mask = call.key_mask
+    if call.kv_length is not None:
+        there = jnp.broadcast_to(jnp.arange(call.kv_len) < call.kv_length, (call.key.shape[0], call.kv_len))
+        mask = there if mask is None else mask & there
+    key = jax.lax.stop_gradient(call.key)
+    return stage_geometry.geometry(key, policy, value=call.value, key_mask=mask, backend="native" if native else "gather")
 
 
 __all__ = ["attend", "attention", "manifold", "select"]

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sieve_attn.jax import ffi
+from sieve_attn.jax.call import Call
 from sieve_attn.jax.selection import PaddedBlocks
-from sieve_attn.types import Call, Offsets, Ranges, Selection
+from sieve_attn.types import Offsets, Ranges, Selection
 
 FLOATS = ("query", "key", "value", "bias", "sink")
 
@@ -19,12 +20,14 @@ FLOATS = ("query", "key", "value", "bias", "sink")
 def attend(call: Call, selection: PaddedBlocks | Selection) -> tuple[jax.Array, jax.Array]:
     """``(output [batch, q_heads, q_len, v_dim] in the query's dtype, lse [batch, q_heads, q_len])``."""
     floats = {name: getattr(call, name) for name in FLOATS}
-    others = {name: getattr(call, name) for name in ("mask", "key_mask", "cu_seqlens")}
+    others = {name: getattr(call, name) for name in ("mask", "key_mask", "cu_seqlens", "kv_length")}
     numbers = {"causal": call.causal, "scale": call.scale, "window": -1 if call.window is None else call.window,
                "softcap": call.softcap or 0.0}  # fmt: skip
     if isinstance(selection, PaddedBlocks):
         # handlers read int32
         others |= {name: getattr(selection, name).astype(jnp.int32) for name in ("counts", "indices")}
+        if selection.rows is not None:
+            others |= {"rows": selection.rows.reshape(*selection.indices.shape[:3], -1)}
         numbers |= {name: getattr(selection, name) for name in ("q_block", "kv_block", "lead")}
     else:
         numbers |= _of_positions(selection)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sieve_attn.attend.native import ROUNDING
+from sieve_attn.geometry.sketch import CALIBRATION
 from sieve_attn.jax import ffi
+from sieve_attn.jax.call import Call
 from sieve_attn.jax.selection import PaddedBlocks
 from sieve_attn.policies import Policy
 from sieve_attn.scores import Euclidean, KeySketch
@@ -17,12 +21,14 @@ from sieve_attn.selection import native_scan as decode
 from sieve_attn.selection.certified import Certified
 from sieve_attn.selection.kernels import ends
 from sieve_attn.selection.top_k import TopK
-from sieve_attn.types import Call, Geometry, Sketch, Statistics
+from sieve_attn.types import Geometry, Sketch, Statistics
 
 _SKETCH = ("planes", "scale", "error", "metric_error", "channel_scale", "spectral", "metric_spectral")
 
 
-def geometry(key: jax.Array, block_size: int, asked: Statistics, key_mask: jax.Array | None) -> Geometry:
+def geometry(
+    key: jax.Array, block_size: int, asked: Statistics, key_mask: jax.Array | None, channel_scale: jax.Array | None = None
+) -> Geometry:
     """As :func:`sieve_attn.geometry.native.build`."""
     batch, heads, kv_len, dim = key.shape
     blocks, bits = -(-kv_len // block_size), asked.sketch_bits
@@ -40,24 +46,48 @@ def geometry(key: jax.Array, block_size: int, asked: Statistics, key_mask: jax.A
         # the batch comes first, so that a mapped axis leads here as well
         shapes["planes"] = jax.ShapeDtypeStruct((bits, batch, heads, kv_len, -(-dim // 8)), jnp.uint8)
         shapes |= {name: fresh(jnp.float16, kv_len) for name in ("scale", "error", "metric_error")}
-        shapes["channel_scale"] = fresh(jnp.float32, dim)
+        if channel_scale is None:
+            shapes["channel_scale"] = fresh(jnp.float32, dim)
         if asked.spectral:
             shapes |= {name: fresh(jnp.float32, blocks) for name in ("spectral", "metric_spectral")}
-    inputs = {"key": jax.lax.stop_gradient(key), "key_mask": key_mask}
+    inputs = {"key": jax.lax.stop_gradient(key), "key_mask": key_mask, "given_scale": channel_scale if bits else None}
     made = ffi.call("geometry", inputs, shapes, block_size=block_size, bits=bits)
+    if bits and channel_scale is not None:
+        made["channel_scale"] = channel_scale
     sketch = Sketch(bits, **{name: made.pop(name) for name in _SKETCH if name in made}) if bits else None
     return Geometry(block_size, kv_len, asked, **made, sketch=sketch)
 
 
-def choose(call: Call, geometry: Geometry, policy: Policy, room: int):
-    """``(PaddedBlocks, (kept, visible, dense tiles))`` by the kernels, or None where they do not know the policy."""
+def choose(call: Call, geometry: Geometry, policy: Policy, room: int, otherwise: Callable[[], Any]):
+    """``(PaddedBlocks, (kept, visible, dense tiles))`` by the kernels, or None where they do not know the policy. Where data
+    alone tells whether they may choose, ``otherwise`` is the other branch."""
     shape = jax.ShapeDtypeStruct
     plain = replace(call, query=shape(call.query.shape, call.query.dtype), key=shape(call.key.shape, call.key.dtype))
     held = replace(geometry, mean=shape(geometry.mean.shape, geometry.mean.dtype))
-    # which keys calibrate a sketch is data where keys are masked, and is not known while it is traced
-    scans = call.key_mask is None and not decode.why_not(plain, held, policy, False)
-    if not scans and prefill.why_not(plain, held, policy, False):
+    if not decode.why_not(replace(plain, key_mask=None, kv_length=None), held, policy, False):
+        hidden = call.key_mask is not None or call.kv_length is not None
+        if not hidden or not isinstance(policy.scorer, KeySketch):
+            return _by_kernels(call, geometry, policy, room, True)
+        # which keys calibrate a sketch is data where keys are hidden
+        after = _after_calibration(call, geometry)
+        return jax.lax.cond(after, lambda: _by_kernels(call, geometry, policy, room, True), otherwise)
+    if call.kv_length is not None or prefill.why_not(plain, held, policy, False):
         return None
+    return _by_kernels(call, geometry, policy, room, False)
+
+
+def _after_calibration(call: Call, geometry: Geometry) -> jax.Array:
+    """Whether every query sees all keys that the channel scale of the sketch was measured on; see ``native_scan``."""
+    known = jnp.cumsum(geometry.count, -1)
+    end = ((known < CALIBRATION).sum(-1).max() + 1) * geometry.block_size
+    late = call.offset >= end
+    if not call.causal and call.window is None:
+        late = late | (call.kv_len >= end)
+    return late & (known[..., -1].min() >= CALIBRATION)
+
+
+def _by_kernels(call: Call, geometry: Geometry, policy: Policy, room: int, scans: bool):
+    shape = jax.ShapeDtypeStruct
     tiles = -(-(call.q_len + call.lead(policy.query_tile)) // policy.query_tile)
     heads = call.key.shape[1] if policy.share_group else call.query.shape[1]
     grid = (call.query.shape[0], heads, tiles)
@@ -70,7 +100,7 @@ def choose(call: Call, geometry: Geometry, policy: Policy, room: int):
         "stride": policy.query_stride, "heads": heads, "sinks": sinks, "near": near, "lead": call.lead(policy.query_tile),
         "kv_len": call.kv_len,
     }  # fmt: skip
-    inputs = {"query": call.query, "key": call.key, "key_mask": call.key_mask, "cu_seqlens": call.cu_seqlens}
+    inputs = {name: getattr(call, name) for name in ("query", "key", "key_mask", "cu_seqlens", "kv_length")}
     inputs |= {"count": geometry.count, "finite": geometry.finite}
     found = (_scan if scans else _gate)(call, geometry, policy, inputs, outputs, numbers)
     padded = PaddedBlocks(found["counts"], found["indices"], call.q_len, call.kv_len, policy.query_tile, policy.block_size,

@@ -15,9 +15,10 @@ import numpy as np
 
 from sieve_attn.arrays import jax_ops as xp
 from sieve_attn.bounds import soft_cap
+from sieve_attn.jax.call import Call
 from sieve_attn.jax.selection import PaddedBlocks
-from sieve_attn.jax.stages import in_part
-from sieve_attn.types import Call, Ranges, Rows, Selection
+from sieve_attn.jax.stages import in_part, kept_by, tiles_in
+from sieve_attn.types import Ranges, Rows, Selection
 
 TILE = 64
 
@@ -31,7 +32,7 @@ def attend(call: Call, selection: PaddedBlocks | Selection) -> tuple[jax.Array, 
             some = selection.overflow.any()
             return jax.lax.cond(some, lambda: _everything(call, selection), lambda: _gathered(call, selection))
         ranges = selection.parts[0]
-        blocks = static_blocks(call, ranges)
+        blocks = static_blocks(call, ranges) if call.kv_length is None else _all_blocks(call)
         # what the ranges touch is known beforehand; single keys are masked inside of their blocks
         run = _everything if blocks.max_blocks >= blocks.blocks else _gathered
         return run(call, blocks, ranges)
@@ -48,13 +49,13 @@ def why_not(selection: PaddedBlocks | Selection) -> tuple[str, ...]:
     return (f"the gather takes Blocks or one Ranges, not {', '.join(selection.kinds)}",)
 
 
-def _tiles(call: Call, size: int, lead: int) -> jax.Array:
+def tiles_of(call: Call, size: int, lead: int) -> jax.Array:
     """[tiles, size] the query of every place, out of range where a tile has none."""
     tiles = -(-(call.q_len + lead) // size)
     return jnp.asarray(np.arange(tiles * size).reshape(tiles, size) - lead, jnp.int32)
 
 
-def _map_tiles(call: Call, numbers: jax.Array, lead: int, one, *per_tile: jax.Array) -> tuple[jax.Array, jax.Array]:
+def map_tiles(call: Call, numbers: jax.Array, lead: int, one, *per_tile: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``one(number, *part)`` for every tile; its rows are put side by side again."""
     run = jax.checkpoint(lambda given: one(*given))
     out, lse = jax.lax.map(run, (numbers, *(jnp.moveaxis(x, 2, 0) for x in per_tile)))
@@ -105,26 +106,24 @@ def softmax(
     return out.reshape(batch, heads, n, -1), lse
 
 
-def _sink(call: Call) -> jax.Array | None:
+def sink_of(call: Call) -> jax.Array | None:
     return None if call.sink is None else call.sink[None, :, None, None]
 
 
 def _everything(call: Call, selection: PaddedBlocks, ranges: Ranges | None = None) -> tuple[jax.Array, jax.Array]:
     """Every key is read; blocks that a tile does not keep are masked."""
-    numbers = _tiles(call, selection.q_block, selection.lead)
-    kept = selection.to_tiles()
+    numbers = tiles_of(call, selection.q_block, selection.lead)
     key, value = call.compute("key"), call.compute("value")
-    heads = call.query.shape[1]
+    chosen = tiles_in(selection)
 
-    def one(number, blocks):
+    def one(number):
         rows = replace(call, shared={}).rows_at(jnp.clip(number, 0, call.q_len - 1))
-        blocks = xp.repeat_each(blocks, 1 if blocks.shape[1] == 1 else heads // blocks.shape[1], 1)
-        mine = jnp.repeat(blocks, selection.kv_block, -1)[..., None, : call.kv_len]
+        mine = kept_by(selection, call, number, rows.position, chosen)
         if ranges is not None:
             mine = mine & in_part(ranges, rows.position[:, None], jnp.arange(call.kv_len))
-        return softmax(rows, key, value, mine, _sink(call))
+        return softmax(rows, key, value, mine, sink_of(call))
 
-    return _map_tiles(call, numbers, selection.lead, one, kept)
+    return map_tiles(call, numbers, selection.lead, one)
 
 
 def _gathered(call: Call, selection: PaddedBlocks, ranges: Ranges | None = None) -> tuple[jax.Array, jax.Array]:
@@ -132,11 +131,13 @@ def _gathered(call: Call, selection: PaddedBlocks, ranges: Ranges | None = None)
     batch, heads = call.query.shape[:2]
     kv_heads, size = call.key.shape[1], selection.kv_block
     choosers = max(selection.indices.shape[1], kv_heads)
-    index = jnp.broadcast_to(
-        xp.repeat_each(selection.indices, choosers // selection.indices.shape[1], 1),
-        (batch, choosers, *selection.indices.shape[2:]),
-    )
-    numbers = _tiles(call, selection.q_block, selection.lead)
+
+    def spread(x):
+        return jnp.broadcast_to(xp.repeat_each(x, choosers // x.shape[1], 1), (batch, choosers, *x.shape[2:]))
+
+    index = spread(selection.indices)
+    numbers = tiles_of(call, selection.q_block, selection.lead)
+    lanes = () if selection.rows is None else (spread(selection.rows),)
     blocked = {}
     for name in ("key", "value"):
         padded = xp.pad_end(call.compute(name), 2, -call.kv_len % size, 0)
@@ -147,18 +148,21 @@ def _gathered(call: Call, selection: PaddedBlocks, ranges: Ranges | None = None)
         found = jnp.take_along_axis(x, mine[..., None, None], 2)
         return found.reshape(batch, choosers, -1, x.shape[-1])
 
-    def one(number, mine):
+    def one(number, mine, *lanes):
         listed = mine >= 0
         mine = jnp.where(listed, mine, 0)
         place = (mine[..., None] * size + jnp.arange(size)).reshape(batch, choosers, -1)
         real = jnp.repeat(listed, size, -1) & (place < call.kv_len)
         rows = _rows_at(call, jnp.clip(number, 0, call.q_len - 1), jnp.minimum(place, call.kv_len - 1))
         kept = xp.repeat_each(real, heads // choosers, 1)[:, :, None, :]
+        for lane in lanes:
+            chose = jnp.repeat(jnp.swapaxes(lane, -1, -2), size, -1)  # [batch, choosers, q_block, keys]
+            kept = kept & xp.repeat_each(chose, heads // choosers, 1)
         if ranges is not None:
             kept = kept & in_part(ranges, rows.position[:, None], place[:, :1, None, :])
-        return softmax(rows, taken(blocked["key"], mine), taken(blocked["value"], mine), kept, _sink(call))
+        return softmax(rows, taken(blocked["key"], mine), taken(blocked["value"], mine), kept, sink_of(call))
 
-    return _map_tiles(call, numbers, selection.lead, one, index)
+    return map_tiles(call, numbers, selection.lead, one, index, *lanes)
 
 
 def _rows_at(call: Call, number: jax.Array, place: jax.Array) -> Rows:
@@ -189,6 +193,13 @@ def _rows_at(call: Call, number: jax.Array, place: jax.Array) -> Rows:
         visible, bias = visible & ~hidden, jnp.where(hidden, 0.0, bias)
     query = call.compute("query")[:, :, number]
     return Rows(query, position[:, 0], visible, visible, call.scale, call.softcap, bias, call.sink)
+
+
+def _all_blocks(call: Call) -> PaddedBlocks:
+    """Every block: what the ranges of one query touch follows from how much of the cache is filled."""
+    blocks = -(-call.kv_len // TILE)
+    return PaddedBlocks.from_tiles(jnp.ones((1, 1, 1, blocks), bool), blocks, q_len=1, kv_len=call.kv_len, q_block=TILE,
+                                   kv_block=TILE, lead=0)  # fmt: skip
 
 
 def static_blocks(call: Call, ranges: Ranges) -> PaddedBlocks:

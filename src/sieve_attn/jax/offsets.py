@@ -15,8 +15,9 @@ from sieve_attn.attend import offsets as stage
 from sieve_attn.checks import error
 from sieve_attn.jax import call as front
 from sieve_attn.jax import ffi, gather
+from sieve_attn.jax.call import Call
 from sieve_attn.jax.top_k import choose
-from sieve_attn.types import Call, Rows
+from sieve_attn.types import Rows
 from sieve_attn.types.call import CHUNK_BYTES
 
 

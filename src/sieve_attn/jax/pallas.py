@@ -17,8 +17,9 @@ from jax.experimental.pallas import triton
 
 from sieve_attn.jax import call as front
 from sieve_attn.jax import gather
+from sieve_attn.jax.call import Call
 from sieve_attn.jax.selection import PaddedBlocks
-from sieve_attn.types import Call, Selection
+from sieve_attn.types import Selection
 
 LEAST = -1e30  # instead of -inf inside of the kernel, where inf - inf must not arise
 
@@ -26,18 +27,20 @@ LEAST = -1e30  # instead of -inf inside of the kernel, where inf - inf must not 
 def why_not(selection: PaddedBlocks | Selection) -> tuple[str, ...]:
     if not isinstance(selection, PaddedBlocks):
         return (f"the Pallas kernel takes Blocks, not {', '.join(selection.kinds)}",)
-    return sizes_why_not(selection.q_block, selection.kv_block)
+    return sizes_why_not(selection.q_block, selection.kv_block, selection.rows is not None)
 
 
-def sizes_why_not(q_block: int, kv_block: int) -> tuple[str, ...]:
-    """Tiles that matrix units take: powers of two from 16 on."""
+def sizes_why_not(q_block: int, kv_block: int, per_query: bool) -> tuple[str, ...]:
+    """Choices of whole tiles, and tiles that matrix units take: powers of two from 16 on."""
+    if per_query:
+        return ("the Pallas kernel takes choices of whole tiles, not per_query",)
     wrong = [f"{name} {n}" for name, n in (("q_block", q_block), ("kv_block", kv_block)) if n < 16 or n & (n - 1)]
     return (f"the Pallas kernel takes tiles and blocks of 16, 32, 64, ..., not {', '.join(wrong)}",) if wrong else ()
 
 
 def options_why_not(call: Call) -> tuple[str, ...]:
     """Which arguments of ``call`` the kernel does not know."""
-    names = ("mask", "key_mask", "bias", "cu_seqlens", "sink")
+    names = ("mask", "key_mask", "bias", "cu_seqlens", "sink", "kv_length")
     return tuple(f"the Pallas kernel has no {name}" for name in names if getattr(call, name) is not None)
 
 

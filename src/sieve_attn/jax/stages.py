@@ -12,22 +12,14 @@ import numpy as np
 from sieve_attn import pipeline
 from sieve_attn.arrays import jax_ops as xp
 from sieve_attn.certify.reference import require_full_precision
-from sieve_attn.checks import error
-from sieve_attn.jax.selection import PaddedBlocks
-from sieve_attn.patterns import Sinks, Window
-from sieve_attn.patterns.base import members
+from sieve_attn.jax import forced
+from sieve_attn.jax.call import Call
+from sieve_attn.jax.selection import PaddedBlocks, padded
 from sieve_attn.policies import Policy
-from sieve_attn.selection.reference import Chosen, Tiles, choose
-from sieve_attn.types import Call, Geometry, Offsets, Ranges, Selection
+from sieve_attn.selection.reference import Tiles
+from sieve_attn.selection.reference import choose as choose_rows
+from sieve_attn.types import Geometry, Offsets, Ranges, Selection
 from sieve_attn.types.call import CHUNK_BYTES
-
-
-def check_pattern(policy: Policy) -> None:
-    """Patterns that look at the values of positions cannot be traced beside a scorer."""
-    for part in () if policy.keep is None else members(policy.keep):
-        if not isinstance(part, (Sinks, Window)):
-            raise error("policy", "must force Sinks and Window only where JAX chooses blocks", repr(part),
-                        "use the pattern alone, or backend='reference' outside of jit")  # fmt: skip
 
 
 def tiles_per_chunk(call: Call, size: int, tiles: int) -> int:
@@ -55,24 +47,36 @@ def count_keys(call: Call, selection: PaddedBlocks | Selection) -> tuple[jax.Arr
     lead = selection.lead if isinstance(selection, PaddedBlocks) else 0
     tiles = -(-(call.q_len + lead) // size)
     numbers = jnp.arange(tiles * size).reshape(tiles, size) - lead
-    blocks = jnp.moveaxis(selection.to_tiles(), 2, 0) if isinstance(selection, PaddedBlocks) else jnp.zeros((tiles, 0))
+    chosen = tiles_in(selection)
 
-    def one(given):
-        number, mine = given
+    def one(number):
         rows = replace(call, shared={}).rows_at(jnp.clip(number, 0, call.q_len - 1))
         real = ((number >= 0) & (number < call.q_len))[:, None]
         seen = jnp.broadcast_to(rows.visible & real, (batch, heads, size, call.kv_len))
-        if isinstance(selection, PaddedBlocks):
-            mine = xp.repeat_each(mine, 1 if mine.shape[1] == 1 else heads // mine.shape[1], 1)
-            kept = jnp.repeat(mine, selection.kv_block, -1)[..., None, : call.kv_len]
-        else:
-            kept = jnp.zeros((), bool)
-            for part in selection.parts:
-                kept = kept | in_part(part, rows.position[:, None], jnp.arange(call.kv_len)[None, :])
+        kept = kept_by(selection, call, number, rows.position, chosen)
         return (seen & kept).sum((2, 3), dtype=jnp.float32), seen.sum((2, 3), dtype=jnp.float32)
 
-    kept, visible = jax.lax.map(one, (numbers, blocks))
+    kept, visible = jax.lax.map(one, numbers)
     return kept.sum(0)[..., None], visible.sum(0)[..., None]
+
+
+def tiles_in(selection: PaddedBlocks | Selection) -> jax.Array | None:
+    """What :func:`kept_by` would compute again for every chunk of queries."""
+    return selection.to_tiles() if isinstance(selection, PaddedBlocks) and selection.rows is None else None
+
+
+def kept_by(
+    selection: PaddedBlocks | Selection, call: Call, number: jax.Array, position: jax.Array, tiles: jax.Array | None = None
+) -> jax.Array:
+    """[batch | 1, q_heads | 1, n, kv_len] bool: what the queries ``number`` [n] at ``position`` [n] keep, causality aside."""
+    if isinstance(selection, PaddedBlocks):
+        blocks, heads = selection.to_rows(number, tiles), call.query.shape[1]
+        blocks = xp.repeat_each(blocks, 1 if blocks.shape[1] == 1 else heads // blocks.shape[1], 1)
+        return jnp.repeat(blocks, selection.kv_block, -1)[..., : call.kv_len]
+    kept = jnp.zeros((), bool)
+    for part in selection.parts:
+        kept = kept | in_part(part, position[:, None], jnp.arange(call.kv_len)[None, :])
+    return kept[None, None]
 
 
 def in_part(part: Ranges | Offsets, position: jax.Array, key: jax.Array) -> jax.Array:
@@ -86,9 +90,10 @@ def in_part(part: Ranges | Offsets, position: jax.Array, key: jax.Array) -> jax.
     return jnp.asarray(table)[jnp.clip(apart, 0, part.kv_len)] & (apart >= 0) & (key >= part.first_key)
 
 
-def choose_tiles(call: Call, geometry: Geometry, policy: Policy) -> Chosen:
-    """What the policy keeps: ``tiles`` [batch, heads, tiles, blocks] bool and its counts, as ``pipeline.select`` would."""
-    check_pattern(policy)
+def choose(
+    call: Call, geometry: Geometry, policy: Policy, room: int, per_query: bool = False
+) -> tuple[PaddedBlocks, tuple[jax.Array, jax.Array, jax.Array]]:
+    """``(what the policy keeps, (kept, visible, dense tiles))``, as ``pipeline.select`` would."""
     if policy.selector.needs_brackets:
         with xp.no_grad():
             require_full_precision(xp, call.query)
@@ -96,26 +101,40 @@ def choose_tiles(call: Call, geometry: Geometry, policy: Policy) -> Chosen:
     tiles = -(-(call.q_len + call.lead(size)) // size)
     step = tiles_per_chunk(call, size, tiles)
     chunks = -(-tiles // step)
+    places = jnp.arange(chunks * step * size, dtype=jnp.int32).reshape(chunks, -1) - call.lead(size)
     numbers = jnp.asarray(row_numbers(call, size, chunks * step).reshape(chunks, step * size), jnp.int32)
     heads = call.key.shape[1] if policy.share_group else call.query.shape[1]
     inside = Tiles(step * size, 0, size)
+    keep = forced.traceable(policy.keep, call.kv_len)
     plain = {name: jax.lax.stop_gradient(getattr(call, name)) for name in ("query", "key", "value")}
     plain |= {name: None if (x := getattr(call, name)) is None else jax.lax.stop_gradient(x) for name in ("bias", "sink")}
     geometry = jax.lax.stop_gradient(geometry)
 
-    def one(number: jax.Array) -> tuple[jax.Array, ...]:
+    def one(given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        number, place = given
         # what chunks share must not outlive the trace of this one
         mine = replace(call, shared={}, **plain)
         rows = mine.rows_at(number)
-        scores = pipeline.score_rows(mine, policy, rows, geometry, number, inside)
-        found = choose(
-            scores, rows, geometry, policy.selector, policy.keep, tiles=inside, heads=heads, per_query=False,
+        if per_query:
+            # a repeated query would count, and choose, twice
+            real = ((place >= 0) & (place < call.q_len))[:, None]
+            rows = replace(rows, visible=rows.visible & real, structural=rows.structural & real)
+            scores = policy.scorer.score(rows, geometry, brackets=policy.selector.needs_brackets)
+        else:
+            scores = pipeline.score_rows(mine, policy, rows, geometry, number, inside)
+        found = choose_rows(
+            scores, rows, geometry, policy.selector, keep, tiles=inside, heads=heads, per_query=per_query,
             dense_above=policy.dense_above, rescore=lambda: policy.scorer.score(rows, geometry).estimate,
         )  # fmt: skip
-        return found.tiles, found.kept, found.visible, found.dense_tiles
+        lanes = inside.split(found.rows, False) if per_query else None
+        counts, indices, lanes = padded(found.tiles, room, lanes)
+        return counts, indices, found.kept, found.visible, found.dense_tiles, *((lanes,) if per_query else ())
 
+    given = (numbers, places)
     with xp.no_grad():
-        parts = [x[None] for x in one(numbers[0])] if chunks == 1 else jax.lax.map(one, numbers)
-    joined = (jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:])[:, :, :tiles] for x in parts)
-    kept, *counts = joined
-    return Chosen(kept, None, *counts)
+        parts = [x[None] for x in one((numbers[0], places[0]))] if chunks == 1 else jax.lax.map(one, given)
+    joined = [jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:])[:, :, :tiles] for x in parts]
+    counts, indices, kept, visible, dense, *lanes = joined
+    grid = (call.q_len, call.kv_len, size, policy.block_size, call.lead(size))
+    kept, visible = (x.astype(jnp.int32) for x in (kept, visible))
+    return PaddedBlocks(counts, indices, *grid, *lanes), (kept, visible, dense)

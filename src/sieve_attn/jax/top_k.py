@@ -15,7 +15,7 @@ from sieve_attn.arrays import jax_ops as xp
 from sieve_attn.checks import error
 from sieve_attn.jax import backends, ffi, ffi_attend, gather
 from sieve_attn.jax import call as front
-from sieve_attn.types import Call
+from sieve_attn.jax.call import Call
 from sieve_attn.types.call import CHUNK_BYTES
 
 BACKENDS = ("native", "gather")

@@ -14,10 +14,13 @@ from penzai.models.transformer.model_parts import TransformerLM
 from penzai.models.transformer.sampling_mode import KVCachingTransformerLM
 
 from sieve_attn.checks import error, positive_int
+from sieve_attn.jax import append
+from sieve_attn.penzai import summary
 from sieve_attn.penzai.layer import GeometricSparseAttention, static_field
 from sieve_attn.penzai.named import Layout, pack
 from sieve_attn.penzai.reading import CausalMask
-from sieve_attn.penzai.visibility import Visibility, concrete, positional
+from sieve_attn.penzai.visibility import concrete, one_query, positional
+from sieve_attn.types import Geometry
 
 UNCACHED, CACHED = "token_positions", "kv_token_positions"
 
@@ -26,18 +29,21 @@ UNCACHED, CACHED = "token_positions", "kv_token_positions"
 class KVCachingGeometricSparseAttention(GeometricSparseAttention):
     """:class:`GeometricSparseAttention` that keeps keys and values of the tokens before, as ``pz.nn.KVCachingAttention`` does.
 
-    One query chooses among all that is cached. Several are a prefill and choose what one prefill of everything would: blocks
-    and tiles lie at places of the cache, wherever the call starts.
+    One query chooses among all that is cached, from summaries that grow with the cache: a step summarises the blocks that its
+    tokens lie in, no others. Several queries are a prefill and choose what one prefill of everything would: blocks and tiles lie
+    at places of the cache, wherever the call starts.
 
     Attributes:
       sequence_axis: The axis along which keys and values are cached.
       kv_cache_end_index_key: The side input that says how much of the cache is filled.
       kv_cache: A variable with the keys and the values.
+      kv_geometry: A variable with the summaries of the cached keys that the policy selects by; None where it selects no blocks.
     """
 
     sequence_axis: str = static_field("seq")
     kv_cache_end_index_key: Hashable = static_field("cache_end_index")
     kv_cache: pz.StateVariable | None = None
+    kv_geometry: pz.StateVariable | None = None
 
     @classmethod
     def from_uncached(
@@ -64,7 +70,11 @@ class KVCachingGeometricSparseAttention(GeometricSparseAttention):
             metadata = {"layerstack_axes": dict.fromkeys(layerstack_axes, behavior)}
         fields = {f.name: getattr(original, f.name) for f in dataclasses.fields(original)} | {"masks": masks}
         cache = pz.StateVariable(value=empty, label=cache_label, metadata=metadata)
-        return cls(**fields, sequence_axis=axes.sequence, kv_cache=cache)
+        summaries = None
+        if original.chosen_policy().chooses_blocks:
+            made = summary.of_nothing(original.chosen_policy(), axes, rest, cache_len, empty, layerstack_axes)
+            summaries = pz.StateVariable(value=made, label=f"{cache_label}/geometry", metadata=metadata)
+        return cls(**fields, sequence_axis=axes.sequence, kv_cache=cache, kv_geometry=summaries)
 
     def __call__(self, x: pz.nx.NamedArrayBase, **side_inputs: Any) -> pz.nx.NamedArray:
         """Runs the layer on the tokens ``x`` that come after those in the cache, and adds them to it."""
@@ -90,17 +100,28 @@ class KVCachingGeometricSparseAttention(GeometricSparseAttention):
             )
             for mask in self.masks
         ]
-        return self._finish(self._attend_cached(layout, q, k, v, positions, end), side_inputs)
+        known = self._grown(layout, k, v, positions, end, q.shape[2])
+        return self._finish(self._attend_cached(layout, q, k, v, positions, end, known), side_inputs)
+
+    def _grown(self, layout: Layout, k: jax.Array, v: jax.Array, positions: list, end: Any, new: int) -> Geometry | None:
+        """The summaries of the cache with the ``new`` tokens in it, which are kept for the next call."""
+        if self.kv_geometry is None:
+            return None
+        real = jnp.ones((layout.batch_size, k.shape[2]), bool)
+        for _, _, key in positions:
+            real = real & (key >= 0)
+        before = summary.unnamed(self.kv_geometry.value, layout)
+        grown = append(before, k, end, new, value=v, key_mask=real)
+        self.kv_geometry.value = summary.named(grown, layout.batch | layout.common)
+        return grown
 
     def _attend_cached(
-        self, layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array, positions: list, end: Any
+        self, layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array, positions: list, end: Any, known: Geometry | None
     ) -> pz.nx.NamedArray:
         q_len, kv_len = q.shape[2], k.shape[2]
         if q_len == 1:
-            # shapes stay as they are from step to step; whatever one query may not see, no query may
-            key_mask = _one_query_sees(positions, end, kv_len)
-            key_mask = jnp.broadcast_to(key_mask, (layout.batch_size, kv_len))
-            return self._attend(layout, q, k, v, Visibility({"key_mask": key_mask}))
+            # shapes stay as they are from step to step
+            return self._attend(layout, q, k, v, one_query(positions, layout.batch_size, kv_len, end, known))
         if concrete(end):
             stop = int(end) + q_len
             positions = [(window, query, key[:, :stop]) for window, query, key in positions]
@@ -188,13 +209,3 @@ def _follow_cache(mask: Any) -> CausalMask:
             repr(mask.kv_positions), "rename the side input",
         )  # fmt: skip
     return dataclasses.replace(mask, kv_positions=CACHED)
-
-
-def _one_query_sees(positions: list, end: Any, kv_len: int) -> jax.Array:
-    """[batch | 1, kv_len]: what the query at place ``end`` sees of the cache."""
-    seen = (jnp.arange(kv_len) <= end)[None]
-    for window, query, key in positions:
-        seen = seen & (key >= 0) & (key <= query)
-        if window is not None:
-            seen = seen & (query - key < window)
-    return seen

@@ -46,6 +46,7 @@ class GeometricSparseAttention(pz.nn.Layer):
       masks: What hides keys: :class:`CausalMask` and :class:`ExplicitMask`.
       axes: Names of the axes; None reads them from ``attn_value_to_output``.
       max_blocks: Under ``jit``, the most blocks that a tile may keep; see :func:`sieve_attn.jax.attention`.
+      per_query: Whether each query keeps only what it chose itself, as training and perplexity want it.
       backend: See :func:`sieve_attn.jax.attention`.
       manifold_mask: Where set, every call leaves what it kept here: see :func:`sieve_attn.penzai.capture_masks`.
     """
@@ -62,6 +63,7 @@ class GeometricSparseAttention(pz.nn.Layer):
     masks: tuple[CausalMask | ExplicitMask, ...] = static_field((CausalMask(),))
     axes: AttentionAxes | None = static_field(None)
     max_blocks: int | None = static_field(None)
+    per_query: bool = static_field(False)
     backend: str = static_field("auto")
     manifold_mask: pz.StateVariable | None = None
 
@@ -77,6 +79,7 @@ class GeometricSparseAttention(pz.nn.Layer):
         threshold: float | None = None,
         policy: str | policies.Policy | None = None,
         max_blocks: int | None = None,
+        per_query: bool = False,
         backend: str = "auto",
     ) -> GeometricSparseAttention:
         """The layer that computes what ``attn`` computes, over the blocks that are kept. Scale, cap, masks and axes are read from
@@ -105,8 +108,8 @@ class GeometricSparseAttention(pz.nn.Layer):
             gate = {"policy": getattr(made, "text", made), "block_size": getattr(made, "block_size", None), "threshold": None}
         return cls(
             attn.input_to_query, attn.input_to_key, attn.input_to_value, attn.attn_value_to_output,
-            scale=found.scale, softcap=found.softcap, masks=found.masks, axes=found.axes, max_blocks=max_blocks, backend=backend,
-            **gate,
+            scale=found.scale, softcap=found.softcap, masks=found.masks, axes=found.axes, max_blocks=max_blocks,
+            per_query=per_query, backend=backend, **gate,
         )  # fmt: skip
 
     def chosen_policy(self) -> policies.Policy:
@@ -170,7 +173,8 @@ class GeometricSparseAttention(pz.nn.Layer):
 
     def _attend(self, layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array, sight: Visibility) -> pz.nx.NamedArray:
         policy = self.chosen_policy()
-        options = {"scale": self.scale, "softcap": self.softcap, "max_blocks": self.max_blocks, "backend": self.backend}
+        names = ("scale", "softcap", "max_blocks", "per_query", "backend")
+        options = {name: getattr(self, name) for name in names}
 
         def run(arguments: dict[str, Any]) -> tuple[jax.Array, Any]:
             seen = None if self.manifold_mask is None else manifold.observe(q, k, policy, layout, **options, **arguments)

@@ -50,7 +50,7 @@ class ManifoldMask(pz.Struct):
 def observe(q: jax.Array, k: jax.Array, policy: Policy, layout: Layout, **arguments: Any) -> ManifoldMask:
     """The choice of ``policy`` for these arrays, with names. Where a pattern alone decides, a block counts as kept if a tile
     reads any key of it."""
-    hiding = {n: arguments.get(n) for n in ("causal", "window", "key_mask", "mask")}
+    hiding = {n: arguments.get(n) for n in ("causal", "window", "key_mask", "mask", "kv_length")}
     keys = visible_keys(q.shape[2], k.shape[2], policy, None, **hiding)
     heads = k.shape[1] if policy.share_group else q.shape[1]
     if heads not in (1, keys.shape[1]) and keys.shape[1] > 1:
@@ -77,11 +77,15 @@ def visible_keys(
     window: int | None,
     key_mask: jax.Array | None,
     mask: jax.Array | None,
+    kv_length: jax.Array | None = None,
 ) -> jax.Array:
     """[batch | 1, heads | 1, tiles, blocks] the most keys of each block that one query of the tile sees (of those that
     ``pattern`` keeps, where one is given), a tile at a time: nothing of size q_len x kv_len exists."""
     offset = kv_len - q_len
     lead = offset % policy.query_tile if causal else 0
+    if kv_length is not None:
+        # one query, at the last of the keys that are there
+        causal, offset, lead = True, kv_length - q_len, 0
     tiles, blocks = -(-(q_len + lead) // policy.query_tile), -(-kv_len // policy.block_size)
     key = jnp.arange(kv_len)[None, :]
 

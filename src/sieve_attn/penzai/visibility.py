@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from sieve_attn.checks import error
 from sieve_attn.penzai.named import Layout
 from sieve_attn.penzai.reading import CausalMask, ExplicitMask
+from sieve_attn.types import Geometry
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,7 @@ def positional(
         arguments["mask"] = dense
     if concrete(valid):
         if not bool(valid):
-            raise error(
-                "token_positions", "must rise along the sequence, -1 for padding, alike for queries and keys",
-                "positions that do not", "sort the tokens by position, or keep pz.nn.Attention for this layer",
-            )  # fmt: skip
+            raise _not_rising()
         valid = None
     if window is None:
         return Visibility(arguments, valid=valid)
@@ -109,6 +107,50 @@ def positional(
     if concrete(straight):
         return Visibility(windowed if bool(straight) else by_position(), valid=valid)
     return Visibility(windowed, straight, by_position, valid)
+
+
+def one_query(
+    positions: list[tuple[int | None, jax.Array, jax.Array]], batch: int, kv_len: int, end: Any, known: Geometry | None
+) -> Visibility:
+    """What the query at place ``end`` of a cache of ``kv_len`` places sees; ``known`` summarises the tokens before and its own.
+
+    Raises ValueError where concrete positions do not rise.
+    """
+    filled = jnp.arange(kv_len)[None, :] <= end
+    arguments: dict[str, Any] = {"kv_length": jnp.asarray(end, jnp.int32) + 1}
+    if not positions:
+        return Visibility(arguments | {"geometry": known})
+    rises, straight = jnp.asarray(True), jnp.asarray(True)
+    real, near, window = filled, filled, None
+    for size, query, key in positions:
+        there = filled & (key >= 0)
+        rises = rises & ((key <= query) | ~there | (query < 0)).all()
+        real = real & there & (key <= query)
+        if size is not None:
+            # by place and by position the same, where positions rise by one
+            close = query - key < size
+            near = near & close
+            straight = straight & ((close == (end - jnp.arange(kv_len)[None, :] < size)) | ~there | (query < 0)).all()
+            window = size if window is None else min(size, window)
+    if concrete(rises) and not bool(rises):
+        raise _not_rising()
+    valid = None if concrete(rises) else rises
+    arguments["key_mask"] = jnp.broadcast_to(real, (batch, kv_len))
+    if window is None:
+        return Visibility(arguments | {"geometry": known}, valid=valid)
+    windowed = arguments | {"geometry": known, "window": window}
+    # summaries of what is seen, which the ones at hand are not
+    by_position = arguments | {"key_mask": jnp.broadcast_to(real & near, (batch, kv_len))}
+    if concrete(straight):
+        return Visibility(windowed if bool(straight) else by_position, valid=valid)
+    return Visibility(windowed, straight, lambda: by_position, valid)
+
+
+def _not_rising() -> Exception:
+    return error(
+        "token_positions", "must rise along the sequence, -1 for padding, alike for queries and keys",
+        "positions that do not", "sort the tokens by position, or keep pz.nn.Attention for this layer",
+    )  # fmt: skip
 
 
 def _unordered(dense: jax.Array | None, q_len: int, kv_len: int) -> Visibility:
