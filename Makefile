@@ -19,8 +19,8 @@ demo: setup
 	$(BIN)/sieve compare --demo --html sieve-report.html
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2 -m "not long"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not long" tests/triton
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" tests/triton
 
 soak: setup
 	$(BIN)/python -m pytest -m long

@@ -26,6 +26,13 @@ LLAMALIKE = {
     },
 }  # fmt: skip
 VARIANTS = [*LLAMALIKE, "gpt_neox"]
+
+
+def quick(*few):
+    """All variants, those that are not among the ``few`` for the long tests."""
+    return [name if name in few else pytest.param(name, marks=pytest.mark.long) for name in VARIANTS]
+
+
 VOCABULARY = 17
 
 

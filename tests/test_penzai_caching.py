@@ -9,7 +9,7 @@ import pytest
 from penzai import pz
 from penzai.models.transformer.sampling_mode import KVCachingTransformerLM
 from penzai.models.transformer.simple_decoding_loop import temperature_sample_pyloop
-from penzai_models import EVERYTHING, VARIANTS, build, jitted, part, plain, quick_compilation, sparse, tokens  # noqa: F401
+from penzai_models import EVERYTHING, build, jitted, part, plain, quick, quick_compilation, sparse, tokens  # noqa: F401
 
 import sieve_attn.jax as sj
 from sieve_attn import policies
@@ -42,7 +42,7 @@ def sample(model, prompt, steps=5):
     return np.asarray(temperature_sample_pyloop(model, prompt, jax.random.key(3), 1.0, steps).unwrap("batch", "seq"))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", quick("llama", "gemma2"))
 def test_sampling_with_every_block_gives_the_tokens_of_the_dense_model(variant):
     model, prompt = build(variant), tokens(20, batch=2)
     # a random model samples any token, so none may mean padding
@@ -53,7 +53,10 @@ def test_sampling_with_every_block_gives_the_tokens_of_the_dense_model(variant):
     assert pz.select(made).at_instances_of(pz.nn.KVCachingAttention).count() == 0
 
 
-@pytest.mark.parametrize(("variant", "how"), [("llama", "at once"), ("gemma2", "jitted"), ("llama_stacked", "jitted")])
+@pytest.mark.parametrize(
+    ("variant", "how"),
+    [("llama", "at once"), pytest.param("gemma2", "jitted", marks=pytest.mark.long), ("llama_stacked", "jitted")],
+)
 def test_a_prefill_in_pieces_chooses_what_one_prefill_chooses(variant, how):
     thin, x = sparse(build(variant), threshold=35.0, block_size=4), tokens(48, batch=2)
     wanted = plain(jitted(thin, x))
@@ -80,7 +83,7 @@ def test_steps_stay_sparse_and_read_what_the_policy_keeps():
         np.testing.assert_array_equal(keys[1, 0, 0], [16] * 6 + [4, 0])
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama_stacked"])
+@pytest.mark.parametrize("variant", [pytest.param("llama", marks=pytest.mark.long), "llama_stacked"])
 def test_summaries_grow_with_the_cache_and_are_those_built_anew(variant, monkeypatch):
     thin, x = sparse(build(variant), policy="top_blocks(k=1, sinks=0, window=32)"), tokens(99, batch=2)
     caching = capture_masks(kv_caching(thin, 130, BATCH))

@@ -85,8 +85,10 @@ def _beside(argument: str, x: Any, query: Array, xp: Any) -> None:
 
 def one_device(argument: str, x: Array | None, query: Array) -> None:
     """Kernels are given addresses: what lies on another device would be read as memory of this one."""
-    where = getattr(x, "device", None)
-    if where is not None and where != query.device and arrays.namespace(query).name == "torch":
+    if x is None or arrays.namespace(query).name != "torch":
+        return
+    where = getattr(x, "device", query.device)
+    if where != query.device:
         raise error(argument, f"must lie on the device of `query`, {query.device}", where, "move it with `.to(query.device)`")
 
 
