@@ -149,7 +149,13 @@ def test_lengths_that_cannot_be():
         jax.block_until_ready(jax.jit(lambda n: sj.attention(one, key, value, kv_length=n))(0))
 
 
-@pytest.mark.parametrize("policy", [P.Certified(0.1), P.EventRadar(use_variance=True)], ids=["kernels", "stages"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(P.Certified(0.1), id="kernels"),
+        pytest.param(P.EventRadar(use_variance=True), id="stages", marks=pytest.mark.long),
+    ],
+)
 def test_a_geometry_that_grows_in_place_is_the_one_built_anew(policy):
     key = arrays(1, 200)[1]
     mask = np.random.default_rng(0).random((2, 200)) > 0.1

@@ -26,7 +26,7 @@ def test_a_threshold_of_minus_infinity_is_the_dense_model(variant):
     )
 
 
-@pytest.mark.parametrize("variant", ["llama_stacked", "gemma2"])
+@pytest.mark.parametrize("variant", ["llama_stacked", pytest.param("gemma2", marks=pytest.mark.long)])
 def test_a_policy_prunes_and_a_jitted_model_prunes_the_same(variant):
     model, x = build(variant), tokens(100, batch=2)
     thin = sparse(model, policy=POLICY)

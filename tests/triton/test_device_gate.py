@@ -198,8 +198,8 @@ def test_turning_dense_is_counted_and_only_when_it_is_read(monkeypatch):
     got = select(call, build(call, policy), policy)
     assert got[2][0].count > 0
     asked = []
-    real = pipeline._fallbacks
-    monkeypatch.setattr(pipeline, "_fallbacks", lambda *a: asked.append(1) or real(*a))
+    real = pipeline.fallbacks
+    monkeypatch.setattr(pipeline, "fallbacks", lambda *a: asked.append(1) or real(*a))
     report = pipeline.attention(q, k, v, policy, causal=True, scale=0.25, return_report=True)[1]
     assert not asked
     assert report.fallbacks == pipeline.select(call, build(call, policy), policy)[2]
