@@ -17,7 +17,8 @@ constexpr int GEMM_COLS = GEMM_VECS * LANES;
 
 // c[r][q * 16 + i] = sum_k a[r * rs + k * ks] * panel[q][k * 16 + i], or += with Add
 template <int R, int Q, bool Add = false>
-static inline __attribute__((always_inline)) void panels_block(const float* a, int64_t rs, int64_t ks, int n, const float* const* panel, float* c, int64_t ldc) {
+static inline __attribute__((always_inline)) void panels_block(const float* a, int64_t rs, int64_t ks, int n,
+                                                               const float* const* panel, float* c, int64_t ldc) {
   constexpr int C = Q * PANEL_VECS;
   vf acc[R][C];
 #pragma GCC unroll 8
@@ -140,14 +141,16 @@ static inline void gather_columns(const float* const* row, int n, int columns, f
 template <int R>
 static inline void gathered_rows(const float* a, int64_t rs, int64_t ks, int n, const float* gathered, int columns, float* c,
                                  int64_t ldc) {
-  for (int j = 0; j < columns; j += PANEL, gathered += (int64_t)n * PANEL) panels_block<R, 1, true>(a, rs, ks, n, &gathered, c + j, ldc);
+  for (int j = 0; j < columns; j += PANEL, gathered += (int64_t)n * PANEL)
+    panels_block<R, 1, true>(a, rs, ks, n, &gathered, c + j, ldc);
 }
 
 // times_rows from gathered columns; sums are the same to the bit.
-static inline void times_columns(const float* a, int64_t rs, int64_t ks, int rows, int n, const float* gathered, int columns, float* c,
-                                 int64_t ldc) {
+static inline void times_columns(const float* a, int64_t rs, int64_t ks, int rows, int n, const float* gathered, int columns,
+                                 float* c, int64_t ldc) {
   int r = 0;
-  for (; r + GEMM_ROWS <= rows; r += GEMM_ROWS) gathered_rows<GEMM_ROWS>(a + r * rs, rs, ks, n, gathered, columns, c + r * ldc, ldc);
+  for (; r + GEMM_ROWS <= rows; r += GEMM_ROWS)
+    gathered_rows<GEMM_ROWS>(a + r * rs, rs, ks, n, gathered, columns, c + r * ldc, ldc);
   if constexpr (GEMM_ROWS > 4)
     for (; r + 4 <= rows; r += 4) gathered_rows<4>(a + r * rs, rs, ks, n, gathered, columns, c + r * ldc, ldc);
   for (; r + 2 <= rows; r += 2) gathered_rows<2>(a + r * rs, rs, ks, n, gathered, columns, c + r * ldc, ldc);
@@ -155,8 +158,8 @@ static inline void times_columns(const float* a, int64_t rs, int64_t ks, int row
 }
 
 // times_rows with ks = 1 from copies of a few rows at a time. `gathered` has room for GATHERED_BYTES or 16 rows.
-static inline void times_gathered(const float* a, int64_t rs, int rows, int n, const float* const* row, int columns, float* gathered,
-                                  float* c, int64_t ldc) {
+static inline void times_gathered(const float* a, int64_t rs, int rows, int n, const float* const* row, int columns,
+                                  float* gathered, float* c, int64_t ldc) {
   const int64_t most = GATHERED_BYTES / 4 / columns / PANEL * PANEL;
   const int step = most < PANEL ? PANEL : (int)most;
   for (int k = 0; k < n; k += step) {

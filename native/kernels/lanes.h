@@ -7,6 +7,8 @@
 namespace sieve {
 namespace SIEVE_LEVEL {
 
+constexpr int MOST_CHANNELS = 512;
+
 // log2 of positive normal numbers, within 2^-22 of the result or of 1
 static inline vf log2_(vf x) {
   const vi bits = (vi)x;
