@@ -131,7 +131,7 @@ def test_a_causal_mask_given_explicitly_leaks_nothing_into_the_choice(how):
     np.testing.assert_allclose(one, three, **CLOSE)
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral"])
+@pytest.mark.parametrize("variant", [pytest.param("llama", marks=pytest.mark.long), "mistral"])
 def test_padding_and_gaps_in_the_positions(variant):
     model = build(variant)
     every = sparse(model, threshold=EVERYTHING, block_size=8)

@@ -84,6 +84,7 @@ def test_visible_keys_of_a_brute_force():
     np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.long
 def test_policies_of_positions_are_shown_too():
     (mask,) = show_masks(sparse(build("gpt_neox"), policy="windowed(4, 16)"), tokens(200)).masks.values()
     kept = np.asarray(mask.kept.unwrap("heads", "q_block", "kv_block"))[0]
