@@ -1,4 +1,5 @@
-// Ternary products of few tokens: every pair of input channels becomes a table of its 16 sums, and codes look them up.
+// Ternary products of few tokens. With AVX-512 every pair of input channels becomes a table of its 16 sums, and codes look them
+// up; elsewhere codes look up their trits.
 // Integer forms multiply code bytes (trit + 1) and correct the sum.
 #include "ternary.h"
 
@@ -11,10 +12,8 @@ namespace SIEVE_LEVEL {
 
 #if defined(__AVX512F__)
 constexpr int TABLE_FLOATS = 8 * 16;
-#elif defined(__AVX2__)
-constexpr int TABLE_FLOATS = 16 * 4;
 #else
-constexpr int TABLE_FLOATS = 16;
+constexpr int TABLE_FLOATS = 16;  // the columns in the order of their slots
 #endif
 
 int64_t ternary_table_floats() { return TABLE_FLOATS; }
@@ -28,11 +27,6 @@ void ternary_tables(const float* x, int64_t groups, float* tables) {
     for (int j = 0; j < 8; ++j) {
       const int c = pair_column(j);
       _mm512_storeu_ps(tables + j * 16, _mm512_fmadd_ps(low, _mm512_set1_ps(x[c]), _mm512_mul_ps(high, _mm512_set1_ps(x[c + 4]))));
-    }
-#elif defined(__AVX2__)
-    for (int s = 0; s < 16; ++s) {
-      const float y = x[column_of(s)];
-      _mm_storeu_ps(tables + s * 4, _mm_mul_ps(_mm_set_ps(2, 1, 0, -1), _mm_set1_ps(y)));
     }
 #else
     for (int s = 0; s < 16; ++s) tables[s] = x[column_of(s)];
@@ -92,38 +86,60 @@ static inline void look_up(const TernaryTask& t, int64_t block, int64_t token) {
     for (int r = 0; r < R; ++r) _mm512_storeu_ps(sums + i * t.stride + r * 16, total[i][r]);
 }
 #elif defined(__AVX2__)
-template <int R, int T>
-static inline void look_up(const TernaryTask& t, int64_t block, int64_t token) {
-  static_assert(T == 1, "one token at a time");
-  const int32_t* codes = t.codes + block * t.groups * 16;
-  const float* tables = static_cast<const float*>(t.x) + token * t.x_stride;
-  float* sums = static_cast<float*>(t.sums) + token * t.stride + block * 16;
-  __m256 total[2 * R];
-  for (int r = 0; r < 2 * R; ++r) total[r] = _mm256_setzero_ps();
-  for (int64_t g0 = 0; g0 < t.groups; g0 += FLUSH) {
-    const int64_t stop = g0 + FLUSH < t.groups ? g0 + FLUSH : t.groups;
-    __m256 part[2 * R];
+// One group: part += weight * x. A word's next byte is read from the next address rather than shifted there, since shifts and
+// look-ups share two ports; behind the last word nothing may be read.
+template <int R, int T, bool Last>
+static inline __attribute__((always_inline)) void add_group(const int32_t* codes, int64_t groups, const float* x, int64_t x_stride, __m256 part[T][2 * R]) {
+  const __m256 trits = _mm256_setr_ps(-1, 0, 1, 2, -1, 0, 1, 2);
+#pragma GCC unroll 4
+  for (int b = 0; b < 4; ++b) {
+    __m256i z[2 * R];
 #pragma GCC unroll 8
-    for (int r = 0; r < 2 * R; ++r) part[r] = _mm256_setzero_ps();
-    for (int64_t g = g0; g < stop; ++g) {
-      __m256i z[2 * R];
+    for (int r = 0; r < 2 * R; ++r) {
+      const char* from = reinterpret_cast<const char*>(codes + r / 2 * groups * 16 + r % 2 * 8);
+      z[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + (Last ? 0 : b)));
+      if (Last && b) z[r] = _mm256_srli_epi32(z[r], 8 * b);
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) {
+      __m256 y[T];
+#pragma GCC unroll 2
+      for (int i = 0; i < T; ++i) y[i] = _mm256_broadcast_ss(x + i * x_stride + 4 * b + s);
 #pragma GCC unroll 8
-      for (int r = 0; r < 2 * R; ++r)
-        z[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + (r / 2 * t.groups + g) * 16 + r % 2 * 8));
-#pragma GCC unroll 16
-      for (int s = 0; s < 16; ++s) {
-        const __m256 table = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(tables + g * TABLE_FLOATS + s * 4));
-#pragma GCC unroll 8
-        for (int r = 0; r < 2 * R; ++r) {
-          part[r] = _mm256_add_ps(part[r], _mm256_permutevar_ps(table, z[r]));
-          z[r] = _mm256_srli_epi32(z[r], 2);
-        }
+      for (int r = 0; r < 2 * R; ++r) {
+        const __m256 weight = _mm256_permutevar_ps(trits, s ? _mm256_srli_epi32(z[r], 2 * s) : z[r]);
+#pragma GCC unroll 2
+        for (int i = 0; i < T; ++i) part[i][r] = _mm256_fmadd_ps(y[i], weight, part[i][r]);
       }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < 2 * R; ++r) total[r] = _mm256_add_ps(total[r], part[r]);
   }
-  for (int r = 0; r < 2 * R; ++r) _mm256_storeu_ps(sums + r * 8, total[r]);
+}
+
+template <int R, int T>
+static inline void look_up(const TernaryTask& t, int64_t block, int64_t token) {
+  const int32_t* codes = t.codes + block * t.groups * 16;
+  const float* x = static_cast<const float*>(t.x) + token * t.x_stride;
+  float* sums = static_cast<float*>(t.sums) + token * t.stride + block * 16;
+  for (int i = 0; i < T; ++i)
+    for (int r = 0; r < 2 * R; ++r) _mm256_storeu_ps(sums + i * t.stride + r * 8, _mm256_setzero_ps());
+  for (int64_t g0 = 0; g0 < t.groups; g0 += FLUSH) {
+    const int64_t stop = g0 + FLUSH < t.groups ? g0 + FLUSH : t.groups;
+    __m256 part[T][2 * R];
+#pragma GCC unroll 2
+    for (int i = 0; i < T; ++i)
+#pragma GCC unroll 8
+      for (int r = 0; r < 2 * R; ++r) part[i][r] = _mm256_setzero_ps();
+    int64_t g = g0;
+    for (; g < stop && g + 1 < t.groups; ++g) add_group<R, T, false>(codes + g * 16, t.groups, x + g * 16, t.x_stride, part);
+    if (g < stop) add_group<R, T, true>(codes + g * 16, t.groups, x + g * 16, t.x_stride, part);
+#pragma GCC unroll 2
+    for (int i = 0; i < T; ++i)
+#pragma GCC unroll 8
+      for (int r = 0; r < 2 * R; ++r) {
+        float* sum = sums + i * t.stride + r * 8;
+        _mm256_storeu_ps(sum, _mm256_add_ps(_mm256_loadu_ps(sum), part[i][r]));
+      }
+  }
 }
 #else
 template <int R, int T>
@@ -162,6 +178,7 @@ void ternary_few(const TernaryTask& t) {
   for (; token < t.tokens; ++token)
     look_up_blocks<1, 1>(t, look_up_blocks<2, 1>(t, look_up_blocks<8, 1>(t, 0, token), token), token);
 #elif defined(__AVX2__)
+  for (; token + 2 <= t.tokens; token += 2) look_up_blocks<1, 2>(t, look_up_blocks<2, 2>(t, 0, token), token);
   for (; token < t.tokens; ++token) look_up_blocks<1, 1>(t, look_up_blocks<2, 1>(t, 0, token), token);
 #else
   for (; token < t.tokens; ++token) look_up_blocks<1, 1>(t, 0, token);
