@@ -190,13 +190,19 @@ template <int D, int V>
 static void gradient_rows(const OffsetGradient& g) {
   const OffsetTile& t = g.t;
   float *weight = g.scratch, *slope = weight + (int64_t)t.rows * OFFSET_CHUNK;
+  int64_t key_at[OFFSET_CHUNK], value_at[OFFSET_CHUNK], clean_at[OFFSET_CHUNK];  // distances in floats
+  for (int i = 0; i < t.count; ++i) {
+    key_at[i] = t.list[i] * t.k_step;
+    value_at[i] = t.list[i] * t.v_step;
+    clean_at[i] = t.list[i] * g.clean_step;
+  }
   int n = 0;
   for (int r = 0; r < t.rows; ++r) {
     n = reach(t, n, t.limit + r * t.limit_step);
     float *s = weight + (int64_t)r * OFFSET_CHUNK, *ds = slope + (int64_t)r * OFFSET_CHUNK;
     if (n == 0) continue;
-    dots<D>(t.q + (int64_t)r * t.d, t.k + r * t.k_row, t.k_step, t.list, n, t.d, s);
-    dots<V>(g.d_out + (int64_t)r * t.dv, t.v + r * t.v_row, t.v_step, t.list, n, t.dv, ds);
+    dots<D>(t.q + (int64_t)r * t.d, t.k + r * t.k_row, 1, key_at, n, t.d, s);
+    dots<V>(g.d_out + (int64_t)r * t.dv, t.v + r * t.v_row, 1, value_at, n, t.dv, ds);
     const float base = g.lse[r] == -__builtin_inff() ? 0.0f : g.lse[r];
     for (int i = 0; i < n; i += LANES) {
       const vf p = exp2_<6>(load(s + i) - base);
@@ -204,7 +210,7 @@ static void gradient_rows(const OffsetGradient& g) {
       store(s + i, p);
       store(ds + i, select(none, vf{}, p * (load(ds + i) + g.shift[r])));
     }
-    gather<D>(ds, g.k_clean + r * g.clean_row, g.clean_step, t.list, n, t.d, g.dq + (int64_t)r * t.d);
+    gather<D>(ds, g.k_clean + r * g.clean_row, 1, clean_at, n, t.d, g.dq + (int64_t)r * t.d);
   }
   // the other way round, key by key, so that each sum is loaded and stored once a chunk
   alignas(64) float p[OFFSET_CHUNK], ds[OFFSET_CHUNK];
