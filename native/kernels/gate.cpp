@@ -121,6 +121,7 @@ static inline void unsigned_dots(const int8_t* codes, int64_t wide, const uint8_
             memcpy(&four, codes + (j + i) * wide + c + 4 * p, 4);
             const __m256i pairs = _mm256_maddubs_epi16(rows, _mm256_set1_epi32(four));
             part[i][v] = p ? _mm256_add_epi16(part[i][v], pairs) : pairs;
+            asm("" : "+x"(part[i][v]));  // added one after the other: as a tree they would not fit the registers
           }
         }
 #pragma GCC unroll 2
