@@ -28,19 +28,20 @@ using namespace nb::literals;
 namespace sieve {
 namespace {
 
-DType dtype_named(const std::string& name) {
-  static const std::pair<const char*, DType> known[] = {{"float32", F32}, {"float16", F16}, {"bfloat16", BF16},
-                                                        {"bool", U8},     {"uint8", U8},    {"int32", I32},
-                                                        {"int64", I64}};
-  for (const auto& [n, t] : known)
-    if (name == n) return t;
-  throw std::invalid_argument("`dtype` must be one that kernels know; got '" + name + "'; convert the array first");
+const std::pair<const char*, DType> DTYPES[] = {{"float32", F32}, {"float16", F16}, {"bfloat16", BF16}, {"bool", U8},
+                                                {"uint8", U8},    {"int32", I32},   {"int64", I64}};
+
+template <class T, size_t N>
+T named(const char* what, const std::pair<const char*, T> (&table)[N], const std::string& name) {
+  for (const auto& [n, value] : table)
+    if (name == n) return value;
+  throw std::invalid_argument(std::string("`") + what + "` must be one that kernels know; got '" + name + "'; convert it first");
 }
 
 // Up to four axes; missing ones come first, with size 1.
 View make_view(uintptr_t pointer, const std::string& dtype, const std::vector<int64_t>& shape, const std::vector<int64_t>& stride) {
   if (shape.size() > 4 || stride.size() != shape.size()) throw std::invalid_argument("`shape` must have at most 4 axes, each with its stride");
-  View v{reinterpret_cast<void*>(pointer), dtype_named(dtype), {1, 1, 1, 1}, {0, 0, 0, 0}};
+  View v{reinterpret_cast<void*>(pointer), named("dtype", DTYPES, dtype), {1, 1, 1, 1}, {0, 0, 0, 0}};
   std::copy_backward(shape.begin(), shape.end(), v.shape + 4);
   std::copy_backward(stride.begin(), stride.end(), v.stride + 4);
   return v;
@@ -165,13 +166,6 @@ const std::pair<const char*, KeepRule> RULES[] = {{"top_k", TOP_BLOCKS},        
                                               {"threshold", THRESHOLD}, {"relative_threshold", RELATIVE_THRESHOLD},
                                               {"mass", MASS},           {"certified", CERTIFIED}};
 
-template <class T, size_t N>
-T named(const std::pair<const char*, T> (&table)[N], const std::string& name) {
-  for (const auto& [n, value] : table)
-    if (name == n) return value;
-  throw std::invalid_argument("no such part of a policy: " + name);
-}
-
 Gate make_gate(const View& q, const std::string& scorer, const std::string& rule, double amount, double dense_above,
                const View& count, const View& finite, const View& key_norm, const View& mean, std::optional<View> radius,
                std::optional<View> key_mask, std::optional<View> sink, bool causal, std::optional<int64_t> window, float scale,
@@ -179,8 +173,8 @@ Gate make_gate(const View& q, const std::string& scorer, const std::string& rule
                int64_t near, double unit, double exponential, int threads) {
   Gate g{};
   g.q = q;
-  g.scorer = named(SCORERS, scorer);
-  g.rule = named(RULES, rule);
+  g.scorer = named("scorer", SCORERS, scorer);
+  g.rule = named("rule", RULES, rule);
   g.amount = amount;
   g.dense_above = dense_above;
   g.count = count;

@@ -1,5 +1,7 @@
 """The ``index`` group of ``sieve bench``: its cases run, and full sizes carry the stated figures."""
 
+import pytest
+
 from sieve_attn.bench import driver, index, timing
 from sieve_attn.bench.rows import OK
 from sieve_attn.bench.settings import Settings
@@ -7,6 +9,7 @@ from sieve_attn.bench.settings import Settings
 SMALL = Settings(("index",), n=256, threads=(1,), repeats=1, dtypes=("float32",), head_dims=(16,))
 
 
+@pytest.mark.long  # test_bench runs the same cases, shorter
 def test_every_case_is_right_and_measured(monkeypatch):
     monkeypatch.setattr(timing.interleave, "__defaults__", (timing.interleave.__defaults__[0], 0.0))
     rows = [driver.measure(case, SMALL) for case in index.cases(SMALL)]

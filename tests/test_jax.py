@@ -34,8 +34,14 @@ PRESETS = {
 KEPT = {"top_blocks": 0.8, "adaptive": 0.99, "quest": 0.7, "event_radar": 0.8, "aether": 0.99, "windowed": 0.7}
 
 
-@pytest.mark.parametrize("backend", ["auto", "gather"])
-@pytest.mark.parametrize("name", PRESETS)
+GATHERED = ("top_blocks", "certified", "windowed")  # the stages that choose are the same: the others are for the long tests
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, "auto") for name in PRESETS]
+    + [pytest.param(name, "gather", marks=() if name in GATHERED else pytest.mark.long) for name in PRESETS],
+)
 def test_every_preset_chooses_and_computes_what_pytorch_does(name, backend):
     query, key, value = arrays()
     causal = name not in ("quest", "adaptive")

@@ -34,7 +34,7 @@ def test_every_row_keeps_what_it_chose_as_in_pytorch(name, backend):
         assert (np.asarray(ours) == theirs.numpy()).all()
 
 
-@pytest.mark.parametrize("backend", ["native", "gather"])
+@pytest.mark.parametrize("backend", ["native", pytest.param("gather", marks=pytest.mark.long)])
 def test_gradients_of_choices_by_row_equal_those_of_pytorch(backend):
     query, key, value = arrays(60, 140)
     policy = P.Policy(scores.Mean(), selection.TopK(1), Window(8), query_tile=16)
