@@ -98,6 +98,7 @@ def test_steps_of_the_example_equal_its_forward_pass(rotary):
         assert torch.allclose(torch.cat(rows, 1), whole, atol=1e-5)
 
 
+@pytest.mark.long
 def test_tilelli_trains_beside_dense_attention(tmp_path):
     settings = "--steps 12 --width 32 --layers 2 --context 32 --batch 2 --bytes 8 --threads 1"
     told = run("tilelli_characters.py", tmp_path, *settings.split())

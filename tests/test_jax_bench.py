@@ -36,6 +36,7 @@ def test_both_dense_attentions_and_the_pytorch_front_end_are_clocked():
     assert "x naive" in table.markdown({"cpu": "", "torch": "", "date": "", "commit": "", "command": ""}, rows)
 
 
+@pytest.mark.long  # as test_bench asks of every group
 def test_a_wrong_output_fails_its_row(monkeypatch):
     right = front.attention
 

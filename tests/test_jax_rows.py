@@ -63,7 +63,9 @@ def test_top_k_maps_over_a_batch():
 PATTERN = patterns.Sinks(2) | patterns.Primes() | patterns.Window(4)
 
 
-@pytest.mark.parametrize("options", [{"plan": "diagonals"}, {"plan": "wheel"}, {"backend": "gather"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"plan": "diagonals"}, {"plan": "wheel"}, pytest.param({"backend": "gather"}, marks=pytest.mark.long)], ids=str
+)
 def test_offsets_equal_pytorch(options):
     given = arrays(100, 120)
     compare(
