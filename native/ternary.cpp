@@ -38,7 +38,7 @@ struct Product {
 
 // Tables of every pair of columns, or what else the level makes of a token, then one pass over the weights.
 void few(const Product& p) {
-  const int64_t table = p.k.ternary_table_floats() * p.groups, row = BLOCKS * TERNARY_ROWS;
+  const int64_t table = p.k.ternary_table_floats(p.groups), row = BLOCKS * TERNARY_ROWS;
   Buffer<float> tables(p.tokens * table), x(p.padded());
   for (int64_t t = 0; t < p.tokens; ++t) {
     p.read(t, t + 1, x.get());

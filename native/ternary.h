@@ -19,8 +19,8 @@ struct TernaryWeights {
   int64_t alpha_stride;  // 0 or 1
 };
 
-// x [tokens, columns] and out [tokens, rows] are the last two axes, in fp32, fp16 or bf16. fp32 accumulation; with `int8` every
-// token is first rounded to 8 bits under its own scale, max |x| / 127, and sums are exact integers.
+// x [tokens, columns] and out [tokens, rows] are the last two axes, in fp32, fp16 or bf16. Sums are at least as exact as sums in
+// fp32; with `int8` every token is first rounded to 8 bits under its own scale, max |x| / 127, and sums are exact integers.
 void ternary_linear(const TernaryWeights& w, const View& x, bool int8, const View& out, int threads);
 
 // For kernels: some row blocks against some tokens.

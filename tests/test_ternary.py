@@ -282,6 +282,30 @@ def test_large_and_small_numbers(level, size):
     assert ((got.double() - expected).abs() <= limit)[fits].all()
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("largest", [1.0, 30.0, 1e3, 3e3, 1e5, 1e9, 1e30])
+def test_one_large_channel_costs_the_others_no_digits(level, largest, tokens):
+    x, trits, alpha = problem(64, 2000, tokens)
+    x[:, 7] = largest
+    trits[:32, 7] = 0
+    got, expected = ternary_linear(x, packing.pack(trits), alpha, 64).double(), exact(x, trits, alpha)
+    # as for sums of floats, the channels that take part set the rounding: half of the rows know nothing of the large one
+    off = (got - expected).abs() / (torch.finfo(torch.float32).eps * exact(x.abs(), trits.abs(), alpha))
+    assert off[:, :32].max() <= 1
+    assert off.max() <= 8
+
+
+@pytest.mark.parametrize("eight", [False, True])
+def test_whole_numbers_are_multiplied_without_rounding(level, eight):
+    # the largest sums of bytes that there are: every channel at the end of its range, every trit alike
+    for sign in (1, -1):
+        x = torch.full((4, 1100), 127.0) * sign * torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None]
+        trits = torch.ones(48, 1100, dtype=torch.long)
+        trits[16:32] = -1
+        trits[32:] = torch.randint(-1, 2, (16, 1100))
+        assert torch.equal(ternary_linear(x, packing.pack(trits), torch.ones(1), 48, int8=eight), functional.linear(x, trits.float()))
+
+
 def test_strided_inputs(level):
     x, trits, alpha = problem(30, 50, 12)
     wide = torch.randn(12, 100)

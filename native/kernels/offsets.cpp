@@ -8,6 +8,7 @@ namespace SIEVE_LEVEL {
 
 constexpr int GROUP = LANES;  // keys whose dot products are summed across lanes together
 constexpr int SIXTEEN = 16;   // both kinds of rows are padded to it
+constexpr int KEYS_AHEAD = 6; // keys after which the sums of their gradients are asked for
 
 struct QuietDenormals {
 #if defined(__x86_64__)
@@ -223,6 +224,9 @@ static void gradient_rows(const OffsetGradient& g) {
       while (last > 0 && at + t.list[last - 1] >= t.rows) --last;
       const int m = last - first;
       if (m <= 0) continue;
+      const int64_t ahead = g.sum_at + at + KEYS_AHEAD;
+      for (int c = 0; c < t.dv; c += 16) __builtin_prefetch(g.dv_sum + ahead * t.dv + c, 1);
+      for (int c = 0; c < t.d; c += 16) __builtin_prefetch(g.dk + ahead * t.d + c, 1);
       for (int i = 0; i < m; ++i) {
         query[i] = at + t.list[first + i];
         p[i] = weight[query[i] * OFFSET_CHUNK + first + i];

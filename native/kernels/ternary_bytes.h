@@ -1,0 +1,118 @@
+// Ternary products of few tokens with AVX2, where bytes are multiplied 32 at a time and floats 8. A token of floats becomes whole
+// numbers of four base-256 digits,
+//   x_c = unit * (d_0 + 256 d_1 + 256^2 d_2 + 256^3 d_3),   -128 <= d <= 127,   unit = 2^e,   2^28 <= max |x| / unit < 2^30,
+// whose products with codes (trit + 1) are sums of integers, free of rounding. So all that is rounded is x, to 2^-29 of its
+// largest, and the result. A token for which that is coarser than sums of floats would be is left to them.
+#pragma once
+#include <cmath>
+
+#include "kernels/functions.h"
+#include "kernels/ternary_codes.h"
+#include "ternary.h"
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+namespace sieve {
+namespace SIEVE_LEVEL {
+
+constexpr float SPREAD = 1024.0f;                // largest over mean magnitude, beyond which small entries would lose digits
+constexpr float SMALL = 1e-27f, LARGE = 1e30f;   // magnitudes between which units are normal numbers
+constexpr int64_t WIDE = int64_t{1} << 16;       // groups up to which sums are exact in a double
+
+// What ternary_tables writes before the groups of a token
+struct alignas(32) Digits {
+  double unit;   // 0: the groups hold floats
+  double total;  // of the whole numbers: what codes, a trit and one, add to the sum
+};
+constexpr int HEADER_FLOATS = sizeof(Digits) / sizeof(float);
+
+static inline double sum(__m256d x) { return x[0] + x[1] + x[2] + x[3]; }
+
+// The unit of a token, or 0
+static inline float unit_of(const float* x, int64_t n) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  __m256 most = _mm256_setzero_ps();
+  __m256d mass = _mm256_setzero_pd();
+  for (int64_t i = 0; i < n; i += 8) {
+    const __m256 y = _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i));
+    most = _mm256_max_ps(most, y);
+    mass = _mm256_add_pd(mass, _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(y)), _mm256_cvtps_pd(_mm256_extractf128_ps(y, 1))));
+  }
+  float high = 0.0f;
+  for (int l = 0; l < 8; ++l) high = most[l] > high ? most[l] : high;
+  // not finite: `mass` is not
+  if (!(high > SMALL && high < LARGE && high * (double)n <= SPREAD * sum(mass)) || !(sum(mass) < INFINITY) || n > WIDE * 16) return 0.0f;
+  int e;
+  frexpf(high, &e);
+  return ldexpf(1.0f, e - 30);
+}
+
+// 16 columns a group: 4 columns by 4 digits in each half of 32 bytes
+static inline Digits write_digits(const float* x, int64_t n, float unit, int8_t* out) {
+  const __m256 scale = _mm256_set1_ps(1.0f / unit);
+  const __m256i half = _mm256_set1_epi32(0x00808080);
+  const __m256i by_digit = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m256d total = _mm256_setzero_pd();
+  for (int64_t i = 0; i < n; i += 8) {
+    const __m256i whole = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), scale));
+    total = _mm256_add_pd(total, _mm256_add_pd(_mm256_cvtepi32_pd(_mm256_castsi256_si128(whole)), _mm256_cvtepi32_pd(_mm256_extracti128_si256(whole, 1))));
+    const __m256i digits = _mm256_xor_si256(_mm256_add_epi32(whole, half), half);  // a digit above 127 carries
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * 4), _mm256_shuffle_epi8(digits, by_digit));
+  }
+  return {unit, sum(total)};
+}
+
+// Sums of 16 rows: codes times each of T lines of bytes, of which four columns lie together, the next four `step` bytes on, the
+// next group `group` bytes on, the next line `line` bytes on.
+template <int T>
+static inline __attribute__((always_inline)) void multiply_bytes(const int32_t* codes, int64_t groups, const int8_t* x, int64_t group, int64_t step, int64_t line,
+                                                                 int32_t sums[T][16]) {
+  constexpr int GROUPS = 16;  // of 4 products of two codes up to 2 and two bytes: so many fit 16 bits
+  const __m256i low = _mm256_set1_epi32(0x03030303), one = _mm256_set1_epi16(1);
+  __m256i total[T][2];
+  for (int i = 0; i < T; ++i) total[i][0] = total[i][1] = _mm256_setzero_si256();
+  for (int64_t g0 = 0; g0 < groups; g0 += GROUPS) {
+    const int64_t stop = g0 + GROUPS < groups ? g0 + GROUPS : groups;
+    __m256i part[T][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < T; ++i) part[i][0] = part[i][1] = _mm256_setzero_si256();
+    for (int64_t g = g0; g < stop; ++g) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes + (g + 32) * 16), _MM_HINT_T0);
+      const __m256i z0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + g * 16));
+      const __m256i z1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + g * 16 + 8));
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; ++s) {
+        const __m256i c0 = _mm256_and_si256(s ? _mm256_srli_epi32(z0, 2 * s) : z0, low);
+        const __m256i c1 = _mm256_and_si256(s ? _mm256_srli_epi32(z1, 2 * s) : z1, low);
+#pragma GCC unroll 4
+        for (int i = 0; i < T; ++i) {
+          const __m256i y = _mm256_set1_epi32(four(x + g * group + s * step + i * line));
+          part[i][0] = _mm256_add_epi16(part[i][0], _mm256_maddubs_epi16(c0, y));
+          part[i][1] = _mm256_add_epi16(part[i][1], _mm256_maddubs_epi16(c1, y));
+          asm("" : "+x"(part[i][0]), "+x"(part[i][1]));  // added one after the other: as a tree they would not fit the registers
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < T; ++i)
+      for (int h = 0; h < 2; ++h) total[i][h] = _mm256_add_epi32(total[i][h], _mm256_madd_epi16(part[i][h], one));
+  }
+  for (int i = 0; i < T; ++i)
+    for (int h = 0; h < 2; ++h) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums[i] + 8 * h), total[i][h]);
+}
+
+// One row block against one token
+static inline void add_digits(const TernaryTask& t, const Digits& d, const int8_t* x, int64_t block, float* sums) {
+  int32_t digit[4][16];
+  multiply_bytes<4>(t.codes + block * t.groups * 16, t.groups, x, 64, 16, 4, digit);
+  for (int r = 0; r < 16; ++r) {
+    double whole = digit[3][r];
+    for (int i = 2; i >= 0; --i) whole = whole * 256.0 + digit[i][r];
+    sums[r] = (float)((whole - d.total) * d.unit);
+  }
+}
+
+}  // namespace SIEVE_LEVEL
+}  // namespace sieve
+
+#endif
