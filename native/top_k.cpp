@@ -1,9 +1,11 @@
 // Top-k attention: packs keys, hands tiles of queries to threads, visits key blocks by decreasing upper bound, and attends to
 // what is left over. Memory: packed keys of a few heads, and per thread the ranks of one tile.
+// A few queries read the keys once, packing as they go: bounds would cost as much as they do, packed keys twice as many bytes.
 #include "top_k.h"
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 
 #include "buffer.h"
@@ -18,6 +20,8 @@ namespace {
 
 constexpr int64_t PACKED_BYTES = int64_t{1} << 27;
 constexpr int64_t PACK_STEP = 64;  // panels, whole blocks
+constexpr int64_t NEAR_FLOATS = 8192;  // keys that are packed and met at once, in the first cache
+constexpr int64_t SPLIT_BLOCKS = 64;   // blocks that are worth a thread
 
 struct Head {
   float *keys, *centre, *reach;
@@ -47,6 +51,26 @@ struct Workspace {
   std::vector<Row> rows;
   std::vector<int32_t> order;
 };
+
+// The rows of a tile in heads first_head..last_head-1 of the group, and what they see.
+void look(const Attention& a, const Plan& plan, const Kernels& k, int64_t b, int64_t kv, int64_t t, int64_t first_head, int64_t last_head,
+          Workspace& w, TopKTile& x) {
+  int64_t start, stop;
+  plan.queries(t, start, stop);
+  w.rows.clear();
+  for (int64_t h = first_head; h < last_head; ++h)
+    for (int64_t query = start; query < stop; ++query) w.rows.push_back({kv * plan.group + h, query});
+  x.tile.q = w.q.get();
+  x.count = w.count;
+  x.least = w.least;
+  x.computed = w.computed;
+  plan.look(b, start, w.rows, w.list, w.sight, x.tile);
+  for (int32_t r = 0; r < x.tile.rows; ++r) {
+    k.read_rows(a.q, b, w.rows[r].head, w.rows[r].query, w.rows[r].query + 1, a.k.shape[3], false, w.q.get() + r * a.k.shape[3]);
+    w.count[r] = w.computed[r] = 0;
+    w.least[r] = std::numeric_limits<float>::quiet_NaN();
+  }
+}
 
 int64_t visible_keys(const Attention& a, const Plan& plan, int64_t b, const Row& row) {
   int64_t low, high, n = 0;
@@ -113,6 +137,74 @@ void attend_tile(const Attention& a, const Plan& plan, const Kernels& k, int64_t
   }
 }
 
+// Every row of the call in one tile of a KV head, or two; each part of the keys keeps the best of its own, and ranks order them all.
+void top_k_few(const Attention& a, const Plan& plan, const Kernels& k, int64_t top_k, const View& out, float* lse, int32_t* index,
+               int64_t* counts) {
+  const int64_t d = a.k.shape[3], blocks = (plan.key_panels + BLOCK_PANELS - 1) / BLOCK_PANELS, tiles = plan.batch * plan.kv_heads * plan.tiles;
+  const int64_t parts = std::clamp<int64_t>(blocks / SPLIT_BLOCKS, 1, std::max(a.threads, 1));
+  const int64_t at_once = std::max<int64_t>(1, NEAR_FLOATS / (BLOCK_PANELS * PANEL_KEYS * d)), most = plan.group * plan.q_len;
+  std::vector<Workspace> spaces;
+  std::vector<Buffer<float>> near;
+  for (int i = 0; i < std::max(a.threads, 1); ++i) {
+    spaces.emplace_back(a, top_k, blocks, false);
+    near.emplace_back(at_once * BLOCK_PANELS * PANEL_KEYS * d);
+  }
+  Buffer<uint64_t> best(tiles * parts * most * top_k);
+  std::vector<int64_t> count(tiles * parts * most), computed(tiles * parts * most);
+  const auto head_of = [&](int64_t tile, int64_t& b, int64_t& kv) {
+    b = tile / plan.tiles / plan.kv_heads;
+    kv = tile / plan.tiles % plan.kv_heads;
+  };
+  parallel_for(tiles * parts, a.threads, [&](int64_t item, int thread) {
+    Workspace& w = spaces[thread];
+    const int64_t tile = item / parts, part = item % parts, t = tile % plan.tiles;
+    int64_t b, kv;
+    head_of(tile, b, kv);
+    plan.list(b, kv * plan.group, t, w.list);
+    TopKTile x{};
+    x.tile.k = near[thread].get();
+    x.top_k = top_k;
+    x.best = best.get() + item * most * top_k;
+    look(a, plan, k, b, kv, t, 0, plan.group, w, x);
+    if (x.tile.panels) {
+      const int64_t first = x.tile.panel[0] / BLOCK_PANELS, all = x.tile.panel[x.tile.panels - 1] / BLOCK_PANELS + 1 - first;
+      const int64_t last = first + all * (part + 1) / parts;
+      for (int64_t block = first + all * part / parts; block < last; block += at_once) {
+        x.first_block = static_cast<int32_t>(block);
+        x.blocks = static_cast<int32_t>(std::min(at_once, last - block));
+        x.k_panel = x.first_block * BLOCK_PANELS;
+        k.pack_keys(a.k, b, kv, x.k_panel, std::min<int64_t>(plan.key_panels, x.k_panel + x.blocks * BLOCK_PANELS), near[thread].get());
+        k.top_k(x);
+      }
+    }
+    std::copy_n(w.count, x.tile.rows, count.data() + item * most);
+    std::copy_n(w.computed, x.tile.rows, computed.data() + item * most);
+  });
+  parallel_for(tiles, a.threads, [&](int64_t tile, int thread) {
+    Workspace& w = spaces[thread];
+    int64_t b, kv;
+    head_of(tile, b, kv);
+    TopKTile x{};
+    x.top_k = top_k;
+    x.best = best.get() + tile * parts * most * top_k;
+    w.list.panel.clear();  // what is seen does not matter any more
+    look(a, plan, k, b, kv, tile % plan.tiles, 0, plan.group, w, x);
+    std::vector<uint64_t> ranks;
+    for (int32_t r = 0; r < x.tile.rows; ++r) {
+      ranks.clear();
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t at = (tile * parts + part) * most + r;
+        ranks.insert(ranks.end(), best.get() + at * top_k, best.get() + at * top_k + count[at]);
+        w.computed[r] += computed[at];
+      }
+      w.count[r] = std::min<int64_t>(top_k, ranks.size());
+      std::nth_element(ranks.begin(), ranks.begin() + w.count[r], ranks.end(), std::greater<uint64_t>());
+      std::copy_n(ranks.begin(), w.count[r], x.best + r * top_k);
+    }
+    attend_tile(a, plan, k, b, kv, x, w, out, lse, index, counts);
+  });
+}
+
 }  // namespace
 
 void top_k_attention(const Attention& a, int64_t top_k, const View& out, float* lse, int32_t* index, int64_t* counts) {
@@ -120,8 +212,8 @@ void top_k_attention(const Attention& a, int64_t top_k, const View& out, float* 
   const Kernels& k = kernels();
   const int64_t d = a.k.shape[3], key_heads = plan.batch * plan.kv_heads;
   const int64_t blocks = (plan.key_panels + BLOCK_PANELS - 1) / BLOCK_PANELS;
-  // bounds cost as much as a few queries: not for those that decode
-  const bool bounded = plan.q_len * plan.group >= MAX_ROWS && blocks > 2;
+  if (plan.q_len * plan.group < MAX_ROWS) return top_k_few(a, plan, k, top_k, out, lse, index, counts);
+  const bool bounded = blocks > 2;
   const int64_t key_floats = plan.key_panels * PANEL_KEYS * d;
   const int64_t at_once = std::clamp<int64_t>(PACKED_BYTES / std::max<int64_t>(key_floats * 4, 1), 1, key_heads);
   Buffer<float> keys(at_once * key_floats), centres(bounded ? at_once * blocks * d : 0), reaches(bounded ? at_once * blocks : 0);
@@ -152,22 +244,11 @@ void top_k_attention(const Attention& a, int64_t top_k, const View& out, float* 
       plan.list(b, kv * plan.group, t, w.list);
       TopKTile x{};
       x.tile.k = head_of(i).keys;
-      x.tile.q = w.q.get();
       x.top_k = top_k;
       x.best = w.best.get();
-      x.count = w.count;
-      x.least = w.least;
-      x.computed = w.computed;
       const int64_t together = std::max<int64_t>(1, MAX_ROWS / (stop - start));
       for (int64_t g = 0; g < plan.group; g += together) {
-        w.rows.clear();
-        for (int64_t h = g; h < std::min(plan.group, g + together); ++h)
-          for (int64_t query = start; query < stop; ++query) w.rows.push_back({kv * plan.group + h, query});
-        plan.look(b, start, w.rows, w.list, w.sight, x.tile);
-        for (int32_t r = 0; r < x.tile.rows; ++r) {
-          k.read_rows(a.q, b, w.rows[r].head, w.rows[r].query, w.rows[r].query + 1, d, false, w.q.get() + r * d);
-          w.computed[r] = 0;
-        }
+        look(a, plan, k, b, kv, t, g, std::min(plan.group, g + together), w, x);
         x.order = nullptr;
         x.upper = nullptr;
         x.blocks = 0;

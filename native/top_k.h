@@ -11,11 +11,13 @@ constexpr int BLOCK_PANELS = 4;  // panels that are pruned together
 // NaN is above everything, so that what it touches shows it.
 struct TopKTile {
   Tile tile;              // q fp32 [rows][d]; the list of panels has no gaps; o, m, l, v and scratch unused
+  int32_t k_panel;        // the panel that tile.k begins with
   int64_t top_k;
   int32_t blocks;         // how many blocks to visit
   const int32_t* order;   // [blocks] their numbers, best first, or null: as they lie, from that of the first panel
   int32_t first_block;    // of the arrays below
   const float* upper;     // [block][MAX_ROWS] at least every product that this kernel computes in it; null: prune nothing
+  // what earlier calls left: at first counts are 0 and the least NaN
   uint64_t* best;         // [rows][top_k] ranks, a heap with the smallest in front once top_k are there
   int64_t* count;         // [rows] how many are there
   float* least;           // [rows] the smallest kept product once top_k are there, NaN before

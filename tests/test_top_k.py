@@ -196,6 +196,21 @@ def test_threads_do_not_change_the_bits(backend):
         torch.set_num_threads(1)
 
 
+def test_a_long_cache_is_shared_out_and_nothing_changes(backend):
+    torch.manual_seed(1)
+    # every key twice, half of the cache apart: the earlier of both is in another thread's share
+    half = torch.randn(1, 2, 9000, 16)
+    k, v, q = torch.cat([half, half], 2), torch.randn(1, 2, 18000, 16), torch.randn(1, 4, 3, 16)
+    want = top_k_attention(q, k, v, 7, causal=True, backend="reference", return_report=True)
+    torch.set_num_threads(3)
+    try:
+        got = top_k_attention(q, k, v, 7, causal=True, backend=backend, return_report=True)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(chosen(got[1]), chosen(want[1]))
+    assert_close(got[0], want[0].double(), dtype=torch.float32)
+
+
 @pytest.mark.parametrize("name", ["causal", "one query", "key_mask", "softcap", "sink"])
 def test_gradients_are_those_of_attention_over_the_chosen_keys(name, backend):
     shape, options = CASES[name]

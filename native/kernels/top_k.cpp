@@ -80,7 +80,7 @@ static inline void score(const TopKTile& x, const int32_t* row, int n) {
   constexpr int C = Q * PANEL_VECS;
   const float* panel[Q];
   const float* a[R];
-  for (int p = 0; p < Q; ++p) panel[p] = static_cast<const float*>(t.k) + (int64_t)t.panel[n + p] * PANEL * t.d;
+  for (int p = 0; p < Q; ++p) panel[p] = static_cast<const float*>(t.k) + (int64_t)(t.panel[n + p] - x.k_panel) * PANEL * t.d;
   for (int r = 0; r < R; ++r) a[r] = static_cast<const float*>(t.q) + (int64_t)row[r] * t.d;
   vf acc[R][C];
 #pragma GCC unroll 8
@@ -156,11 +156,6 @@ static inline void visit(const TopKTile& x, const int32_t* row, int rows, int fr
 
 void top_k(const TopKTile& x) {
   const Tile& t = x.tile;
-  const float nan = __builtin_nanf("");
-  for (int r = 0; r < t.rows; ++r) {
-    x.count[r] = 0;
-    x.least[r] = nan;
-  }
   if (!t.panels) return;
   int32_t row[MAX_ROWS];
   for (int r = 0; r < t.rows; ++r) row[r] = r;

@@ -217,8 +217,9 @@ TEST(panels_beyond_2_to_the_31_elements) {
     CHECK(std::memcmp(o.data(), near.data(), ROWS * D * 4) == 0);
 
     uint64_t best[ROWS * 3], near_best[ROWS * 3];
-    int64_t count[ROWS], computed[ROWS] = {};
+    int64_t count[ROWS] = {}, computed[ROWS] = {};
     float least[ROWS];
+    std::fill_n(least, ROWS, std::nanf(""));
     const int32_t order[] = {LAST / BLOCK_PANELS, 0};
     // the list of panels of top-k has no gaps, so it begins late
     const int32_t late[] = {LAST};
@@ -242,6 +243,8 @@ TEST(panels_beyond_2_to_the_31_elements) {
     y.order = zero;
     y.first_block = 0;
     y.best = near_best;
+    std::fill_n(count, ROWS, 0);
+    std::fill_n(least, ROWS, std::nanf(""));
     kernel.top_k(y);
     for (int i = 0; i < ROWS * 3; ++i) {
       CHECK(best[i] >> 32 == near_best[i] >> 32);
