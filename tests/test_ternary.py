@@ -303,7 +303,9 @@ def test_whole_numbers_are_multiplied_without_rounding(level, eight):
         trits = torch.ones(48, 1100, dtype=torch.long)
         trits[16:32] = -1
         trits[32:] = torch.randint(-1, 2, (16, 1100))
-        assert torch.equal(ternary_linear(x, packing.pack(trits), torch.ones(1), 48, int8=eight), functional.linear(x, trits.float()))
+        assert torch.equal(
+            ternary_linear(x, packing.pack(trits), torch.ones(1), 48, int8=eight), functional.linear(x, trits.float())
+        )
 
 
 def test_strided_inputs(level):
