@@ -15,6 +15,7 @@ int64_t lines_scratch(int32_t d, int32_t dv) {
 }
 
 constexpr int STEP_PANELS = 4;  // panels of a bf16 step: its keys and the next values fit into the first cache together
+constexpr int DIRECT_PANELS = 4;  // the same where they are read as they lie
 
 struct Scratch {
   char* next;
@@ -70,6 +71,17 @@ static inline void fetch_next(const Tile& t, const Lines& x, int n) {
   fetch(x, panel, (int)there);
 }
 
+// The rows of DIRECT_PANELS panels from the n-th, then `none`; returns how many there are.
+static inline int rows_of(const Tile& t, const Lines& x, int n, const char* none, const char** row) {
+  int rows = 0;
+  for (int p = n; p < t.panels && p < n + DIRECT_PANELS; ++p) {
+    const int64_t base = (int64_t)t.panel[p] * PANEL;
+    for (int i = 0; i < keys_there(t, t.panel[p]); ++i) row[rows++] = line(x, base + i);
+  }
+  for (int i = rows; i < DIRECT_PANELS * PANEL; ++i) row[i] = none;
+  return rows;
+}
+
 // A few rows go over keys and values as they lie.
 template <DType T>
 static void attend_direct(const LineTile& job) {
@@ -80,6 +92,7 @@ static void attend_direct(const LineTile& job) {
   float* s = scratch.take<float>(MAX_ROWS * S_STRIDE);
   char* copy = scratch.take<char>(PANEL * up(t.d > wide ? t.d : wide, 16) * 4);
   const float* q = static_cast<const float*>(t.q);
+  const char* none = static_cast<const char*>(t.q);
   const float unit = exponent_unit(t);
   const bool shaped = transformed(t);
   float* values = t.sanitize ? scratch.take<float>((int64_t)CHUNK * wide) : nullptr;
@@ -87,26 +100,20 @@ static void attend_direct(const LineTile& job) {
   if (t.sanitize) memset(marks, 0, sizeof(float) * t.rows * wide);
   Softmax sums;
   start(t, sums, wide);
-  for (int n = 0; n < t.panels; n += CHUNK_PANELS) {
-    const int count = t.panels - n < CHUNK_PANELS ? t.panels - n : CHUNK_PANELS;
-    const char* row[CHUNK];
-    int rows = 0;
+  for (int n = 0; n < t.panels; n += DIRECT_PANELS) {
+    const int count = t.panels - n < DIRECT_PANELS ? t.panels - n : DIRECT_PANELS;
+    const char *row[DIRECT_PANELS * PANEL], *next[DIRECT_PANELS * PANEL];
+    const int rows = rows_of(t, job.v, n, none, row);
     bool touched = shaped;
     for (int p = 0; p < count; ++p) {
       const int64_t number = t.panel[n + p];
       const int there = keys_there(t, number);
       touched |= t.masked[n + p] != 0;
-      fetch_next(t, job.k, n + p);
       const Panel16 k = panel_of(job.k, number, there, false, copy);
-      dot_panel<T>(q, t.rows, t.d, k.data, k.stride, there, s + p * PANEL);
+      dot_panel<T>(q, t.rows, t.d, k.data, k.stride, there, s + p * PANEL, row + p * PANEL, t.dv * dtype_bytes(T));
     }
     if (touched)
       for (int r = 0; r < t.rows; ++r) shape_logits(t, n, count, r, s + r * S_STRIDE, nullptr);
-    for (int p = 0; p < count; ++p) {
-      const int64_t number = t.panel[n + p];
-      fetch_next(t, job.v, n + p);
-      for (int i = 0; i < keys_there(t, number); ++i) row[rows++] = line(job.v, number * PANEL + i);
-    }
     if (t.sanitize)
       for (int j = 0; j < rows; ++j) {
         float* to = values + (int64_t)j * wide;
@@ -115,10 +122,11 @@ static void attend_direct(const LineTile& job) {
         row[j] = reinterpret_cast<const char*>(to);
       }
     for (int r = 0; r < t.rows; ++r) soften(t, sums, r, s + r * S_STRIDE, count * PANEL, unit, wide);
+    rows_of(t, job.k, n + DIRECT_PANELS, none, next);
     if (t.sanitize)
-      add_values<F32>(s, t.rows, rows, row, t.dv, t.o, wide);
+      add_values<F32>(s, t.rows, rows, row, t.dv, t.o, wide, next);
     else
-      add_values<T>(s, t.rows, rows, row, t.dv, t.o, wide);
+      add_values<T>(s, t.rows, rows, row, t.dv, t.o, wide, next);
   }
   finish(t, sums, marks, wide);
 }

@@ -7,6 +7,9 @@ namespace SIEVE_LEVEL {
 
 constexpr int DIRECT_ROWS = 8;  // more rows are worth packing keys for
 
+// Rows that are read next are asked for line by line while others are multiplied: blocks that were chosen lie anywhere, so
+// hardware does not foresee them, and asking for many at once would hold up what is computed.
+
 // The sums of the lanes of LANES vectors, in their order.
 static inline vf lane_sums(const vf* v) {
 #if defined(__AVX512F__)
@@ -35,14 +38,17 @@ static inline vf lane_sums(const vf* v) {
 #endif
 }
 
-// s [R][16] = q [R][d] times the keys of a panel; what stands behind the last key is any number.
+// s [R][16] = q [R][d] times the keys of a panel; what stands behind the last key is any number. Key i asks for next[i].
 template <DType T, int R>
-static inline void dot_keys(const float* q, int d, const char* data, int64_t stride, int there, float* s) {
+static inline void dot_keys(const float* q, int d, const char* data, int64_t stride, int there, float* s, const char* const* next, int64_t next_bytes) {
   constexpr int K = LANES / R;  // keys whose sums fill a vector
 #pragma GCC unroll 1
   for (int key = 0; key < PANEL; key += K) {
     const char* at[K];
     for (int i = 0; i < K; ++i) at[i] = data + (key + i < there ? key + i : 0) * stride;
+    if (next)
+      for (int i = 0; i < K; ++i)
+        for (int64_t c = 0; c < next_bytes; c += 64) __builtin_prefetch(next[key + i] + c, 0, 2);
     vf total[LANES];
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) total[i] = vf{};
@@ -64,17 +70,21 @@ static inline void dot_keys(const float* q, int d, const char* data, int64_t str
   }
 }
 
+// `next` are the rows that the 16 keys ask for, or null
 template <DType T>
-static inline void dot_panel(const float* q, int rows, int d, const char* data, int64_t stride, int there, float* s) {
+static inline void dot_panel(const float* q, int rows, int d, const char* data, int64_t stride, int there, float* s, const char* const* next, int64_t next_bytes) {
   int r = 0;
-  for (; r + 4 <= rows; r += 4) dot_keys<T, 4>(q + (int64_t)r * d, d, data, stride, there, s + r * S_STRIDE);
-  for (; r + 2 <= rows; r += 2) dot_keys<T, 2>(q + (int64_t)r * d, d, data, stride, there, s + r * S_STRIDE);
-  if (r < rows) dot_keys<T, 1>(q + (int64_t)r * d, d, data, stride, there, s + r * S_STRIDE);
+  for (; r + 4 <= rows; r += 4, next = nullptr)
+    dot_keys<T, 4>(q + (int64_t)r * d, d, data, stride, there, s + r * S_STRIDE, next, next_bytes);
+  for (; r + 2 <= rows; r += 2, next = nullptr)
+    dot_keys<T, 2>(q + (int64_t)r * d, d, data, stride, there, s + r * S_STRIDE, next, next_bytes);
+  if (r < rows) dot_keys<T, 1>(q + (int64_t)r * d, d, data, stride, there, s + r * S_STRIDE, next, next_bytes);
 }
 
-// o [R][..] += weights [R][n] times n rows of numbers, C vectors of columns from `column`.
+// o [R][..] += weights [R][n] times n rows of numbers, C vectors of columns from `column`. Row j asks for the same share of next[j].
 template <DType T, int R, int C>
-static inline void add_columns(const float* weight, int n, const char* const* row, int column, float* o, int wide) {
+static inline void add_columns(const float* weight, int n, const char* const* row, int column, float* o, int wide, const char* const* next) {
+  constexpr int SIZE = T == F32 ? 4 : 2;
   vf total[R][C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -85,6 +95,9 @@ static inline void add_columns(const float* weight, int n, const char* const* ro
     vf x[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) x[c] = load_as_float(row[j], column + c * LANES, T);
+    if (next)
+#pragma GCC unroll 4
+      for (int c = 0; c < C * LANES * SIZE; c += 64) __builtin_prefetch(next[j] + column * SIZE + c, 0, 2);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const vf w = splat(weight[r * S_STRIDE + j]);
@@ -99,19 +112,19 @@ static inline void add_columns(const float* weight, int n, const char* const* ro
 }
 
 template <DType T, int R>
-static inline void add_row_group(const float* weight, int n, const char* const* row, int dv, float* o, int wide) {
+static inline void add_row_group(const float* weight, int n, const char* const* row, int dv, float* o, int wide, const char* const* next) {
   constexpr int C = LANES == 16 ? 4 : 2;
   int column = 0;
-  for (; column + C * LANES <= dv; column += C * LANES) add_columns<T, R, C>(weight, n, row, column, o, wide);
-  for (; column < dv; column += LANES) add_columns<T, R, 1>(weight, n, row, column, o, wide);
+  for (; column + C * LANES <= dv; column += C * LANES) add_columns<T, R, C>(weight, n, row, column, o, wide, next);
+  for (; column < dv; column += LANES) add_columns<T, R, 1>(weight, n, row, column, o, wide, next);
 }
 
 template <DType T>
-static inline void add_values(const float* weight, int rows, int n, const char* const* row, int dv, float* o, int wide) {
+static inline void add_values(const float* weight, int rows, int n, const char* const* row, int dv, float* o, int wide, const char* const* next) {
   int r = 0;
-  for (; r + 4 <= rows; r += 4) add_row_group<T, 4>(weight + r * S_STRIDE, n, row, dv, o + r * wide, wide);
-  for (; r + 2 <= rows; r += 2) add_row_group<T, 2>(weight + r * S_STRIDE, n, row, dv, o + r * wide, wide);
-  if (r < rows) add_row_group<T, 1>(weight + r * S_STRIDE, n, row, dv, o + r * wide, wide);
+  for (; r + 4 <= rows; r += 4, next = nullptr) add_row_group<T, 4>(weight + r * S_STRIDE, n, row, dv, o + r * wide, wide, next);
+  for (; r + 2 <= rows; r += 2, next = nullptr) add_row_group<T, 2>(weight + r * S_STRIDE, n, row, dv, o + r * wide, wide, next);
+  if (r < rows) add_row_group<T, 1>(weight + r * S_STRIDE, n, row, dv, o + r * wide, wide, next);
 }
 
 }  // namespace SIEVE_LEVEL
