@@ -86,6 +86,7 @@ constexpr int SCAN_ROWS = 4;    // query rows of a group; every group has its ow
 // and digit e is row (g * digits + e) * SCAN_ROWS + r of everything below.
 struct Scan {
   int32_t d, groups, digits;
+  int32_t rows;            // that there are; the others up to a multiple of SCAN_ROWS are zero
   int32_t bits;            // planes that are read
   const void* query;       // as pack_scan made it
   const float* factor;     // [groups][digits][SCAN_ROWS] base-2 logits of one unit of twice an integer dot, before the key's scale

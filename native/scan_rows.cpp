@@ -79,7 +79,7 @@ std::vector<GateUnit> units_of(const Gate& g) {
     const int64_t n = each * std::max<int64_t>(0, to - from);
     u.width = up(std::max<int64_t>(n, 1), SCAN_ROWS);
     u.low.assign(u.width, 0);
-    u.high.assign(u.width, 0);
+    u.high.assign(u.width, g.kv_len);  // rows beyond the last see everything, so that nothing has to be hidden from them
     u.floats.assign(u.width * d, 0.0f);
     u.integers.assign(u.width * g.digits * d, 0);
     for (int64_t h = 0; h < each; ++h)

@@ -345,6 +345,7 @@ void pack(const Gate& g, const GateUnit& u, int bits, Packed& out) {
   s = Scan{};
   s.d = d;
   s.groups = groups;
+  s.rows = static_cast<int32_t>(u.rows.size());
   s.digits = g.digits;
   s.bits = bits;
   s.query = out.query.get();

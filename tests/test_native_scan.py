@@ -1,5 +1,7 @@
 """The gate of decoding: the blocks that the reference keeps, proofs that hold, on every level and any number of threads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,8 +22,10 @@ SHAPES = (
     Shape(1, 3, 3, 5, 400, 128, 32),
     Shape(1, 6, 2, 16, 517, 40, 40),
     Shape(1, 8, 1, 2, 300, 160, 16),
+    Shape(1, 4, 2, 3, 330, 32, 16),
+    Shape(1, 2, 2, 1, 290, 256, 16),
 )
-POLICIES = [(KeySketch(b, query_bits=8), TopK(7)) for b in (1, 2, 3, 4, 5, 8)] + [
+POLICIES = [(KeySketch(b, query_bits=8), TopK(7)) for b in (1, 2, 3, 4, 5, 6, 7, 8)] + [
     (KeySketch(4), TopK(9)), (KeySketch(2), TargetSparsity(0.7)), (KeySketch(4), Mass(0.9)), (KeySketch(4, 8), Mass(0.5)),
     (KeySketch(8), Threshold(0.2)), (KeySketch(3), RelativeThreshold(3.0)), (Mean(), TopK(5)), (Euclidean(), TopK(5)),
     (Euclidean(), Threshold(0.15)),
@@ -61,7 +65,7 @@ def prepared(make, s, scorer, selector, grid, extra, dtype=torch.float32):
 @pytest.mark.parametrize("name", ["causal", "whole", "window", "padding", "sink"])
 def test_the_reference_keeps_the_same_blocks(scorer, selector, name, each_level):
     for i, s in enumerate(SHAPES):
-        make = (gaussian, clustered, outlier_channels, huge_norms)[i]
+        make = (gaussian, clustered, outlier_channels, huge_norms)[i % 4]
         call, summary, policy = prepared(
             make, s, scorer, selector, GRIDS[i % 3], options(name, s), (torch.float32, torch.bfloat16)[i % 2]
         )
@@ -74,11 +78,23 @@ def test_the_reference_keeps_the_same_blocks(scorer, selector, name, each_level)
         assert not dense.any()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_planes_may_have_gaps(bits, each_level):
+    call, summary, policy = prepared(clustered, SHAPES[0], KeySketch(bits), TopK(7), GRIDS[0], {"causal": True})
+    planes = summary.sketch.planes
+    wide = torch.full((*planes.shape[:-1], planes.shape[-1] + 3), 0xFF, dtype=torch.uint8)
+    wide[..., : planes.shape[-1]] = planes
+    gaps = replace(summary, sketch=replace(summary.sketch, planes=wide[..., : planes.shape[-1]]))
+    found, want = (native_scan.select(call, g, policy)[0].blocks.to_tiles() for g in (gaps, summary))
+    assert torch.equal(found, want)
+
+
 @pytest.mark.parametrize("error", [0.1, 0.01])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("make", [gaussian, clustered, outlier_channels, huge_norms])
 def test_what_is_dropped_is_proved(make, bits, error, each_level):
-    for s, name, grid in zip(SHAPES, ("causal", "padding", "sink", "window"), (*GRIDS, GRIDS[0]), strict=True):
+    names = ("causal", "padding", "sink", "window", "whole", "causal")
+    for s, name, grid in zip(SHAPES, names, GRIDS + GRIDS, strict=True):
         call, summary, policy = prepared(make, s, KeySketch(bits), Certified(error), grid, options(name, s))
         found, _, _ = native_scan.select(call, summary, policy)
         _, lse = kernels.attend(call, found)

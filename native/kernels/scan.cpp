@@ -32,6 +32,22 @@ static inline void spread_scales(const Scan& s, int64_t base, int there, float* 
     }
     return;
   }
+#elif defined(__AVX2__)
+  if (there == SCAN_CHUNK && s.scale_stride == 1) {
+    const __m256i lane = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    for (int p = 0; p < SCAN_PANELS; ++p) {
+      const vf low = load_as_float(s.scale, base + p * PANEL, F16), high = load_as_float(s.scale, base + p * PANEL + LANES, F16);
+      const float most = top(max_(select(low == low, low, vf{}), select(high == high, high, vf{})));
+      largest[p] = most > 0.0f ? most : 0.0f;
+      for (int i = 0; i < 4; ++i) {
+        const __m256i two = _mm256_add_epi32(lane, _mm256_set1_epi32(2 * i));
+        float* to = scale + (p * PANEL + 2 * i) * SCAN_ROWS;
+        _mm256_storeu_ps(to, _mm256_permutevar8x32_ps((__m256)low, two));
+        _mm256_storeu_ps(to + LANES * SCAN_ROWS, _mm256_permutevar8x32_ps((__m256)high, two));
+      }
+    }
+    return;
+  }
 #endif
   for (int p = 0; p < SCAN_PANELS; ++p) largest[p] = 0.0f;
   for (int i = 0; i < SCAN_CHUNK; ++i) {
@@ -48,7 +64,7 @@ static inline void chunk_dots(const Scan& s, int64_t first, int32_t* dots, uint8
   const uint8_t* planes[8];
   int64_t stride = s.key_stride;
   for (int b = 0; b < s.bits; ++b) planes[b] = s.planes[b] + base * s.key_stride;
-  if (there < SCAN_CHUNK) {
+  if (there < SCAN_CHUNK || (without_gaps(s) && stride != bytes)) {
     stride = bytes;
     for (int b = 0; b < s.bits; ++b) {
       uint8_t* to = copy + b * SCAN_CHUNK * bytes;

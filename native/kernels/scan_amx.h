@@ -18,6 +18,8 @@ static inline int channel_at(int width, int c, int v, int i) {
 
 static inline int width_of(int bits) { return bits <= 1 ? 1 : bits <= 2 ? 2 : bits <= 4 ? 4 : 8; }
 
+// whether planes must lie without gaps from key to key
+static inline bool without_gaps(const Scan&) { return false; }
 int64_t scan_bytes(int32_t d, int32_t rows) { return up(d, 128) / 16 * 1024 * (rows / SCAN_ROWS); }
 
 // Four keys are the four lanes of a vector, so the second operand is diagonal: columns 4 k .. 4 k + 3 see lane k only.

@@ -5,6 +5,8 @@
 namespace sieve {
 namespace SIEVE_LEVEL {
 
+// whether planes must lie without gaps from key to key
+static inline bool without_gaps(const Scan&) { return false; }
 int64_t scan_bytes(int32_t d, int32_t rows) { return up(d, 32) * rows * 2; }
 
 void pack_scan(const int8_t* q, int32_t d, int32_t rows, int32_t, void* out) {

@@ -1,6 +1,9 @@
 // Integer dots of rounded queries with the codes of keys, by vectors of bytes. Included by scan.cpp alone.
 #pragma once
 #include "kernels/four.h"
+#if !defined(__AVX512BW__)
+#include "kernels/scan_bits.h"
+#endif
 
 namespace sieve {
 namespace SIEVE_LEVEL {
@@ -15,11 +18,23 @@ constexpr int TOGETHER = 2;
 typedef __m256i vb;
 #endif
 
+#if defined(__AVX512BW__)
+static inline bool without_gaps(const Scan&) { return false; }
 int64_t scan_bytes(int32_t d, int32_t rows) { return up(d, SCAN_BYTES) * rows; }
+#else
+static inline bool without_gaps(const Scan& s) { return fills_vectors(s.d); }
+int64_t scan_bytes(int32_t d, int32_t rows) { return (fills_vectors(d) ? LINE : up(d, SCAN_BYTES)) * rows; }
+#endif
 
 // Bit 0 of a plane's byte is its last channel, so the channels of a query turn round within each eight.
 void pack_scan(const int8_t* q, int32_t d, int32_t rows, int32_t, void* out) {
   int8_t* to = static_cast<int8_t*>(out);
+#if !defined(__AVX512BW__)
+  if (fills_vectors(d)) {
+    for (int r = 0; r < rows; ++r) pack_line(q + (int64_t)r * d, d, to + (int64_t)r * LINE);
+    return;
+  }
+#endif
   const int64_t wide = up(d, SCAN_BYTES);
   memset(to, 0, scan_bytes(d, rows));
   for (int r = 0; r < rows; ++r)
@@ -100,6 +115,9 @@ static inline void put_sums(const vb* v, int32_t* to) {
 // Where products are added in pairs of 16 bits, these hold 7 bits of code, and the leading plane of 8 goes apart.
 template <int Bits>
 static inline void dots_of(const Scan& s, const uint8_t* const* planes, int64_t stride, int32_t* dots, uint8_t* codes) {
+#if !defined(__AVX512BW__)
+  if (fills_vectors(s.d)) return dots_of_bits<Bits>(s, planes, dots);
+#endif
   constexpr int LOW = Bits <= PRODUCT_BITS ? Bits : PRODUCT_BITS, PARTS = Bits <= PRODUCT_BITS ? 1 : 2;
   const int64_t wide = up(s.d, SCAN_BYTES), bytes = (s.d + 7) / 8;
   const int groups = s.groups * s.digits;
