@@ -14,7 +14,7 @@ namespace SIEVE_LEVEL {
 #if defined(__AVX512F__)
 constexpr int HEADER_FLOATS = 0, GROUP_FLOATS = 8 * 16;
 #elif defined(__AVX2__)
-constexpr int GROUP_FLOATS = 16;  // the columns, or four digits of a byte for each
+constexpr int GROUP_FLOATS = 16 + 2;  // the columns, or four digits of a byte for each; room for a sixteenth of them in the list
 #else
 constexpr int HEADER_FLOATS = 0, GROUP_FLOATS = 16;  // the columns
 #endif
@@ -36,7 +36,7 @@ void ternary_tables(const float* x, int64_t groups, float* tables) {
 #if defined(__AVX2__)
   Digits digits{};
   digits.unit = unit_of(x, groups * 16);
-  if (digits.unit > 0.0) digits = write_digits(x, groups * 16, (float)digits.unit, reinterpret_cast<int8_t*>(to));
+  if (digits.unit > 0.0) digits = write_digits(x, groups * 16, (float)digits.unit, reinterpret_cast<int8_t*>(to), reinterpret_cast<Small*>(to + groups * 16), groups);
   memcpy(tables, &digits, sizeof(digits));
   if (digits.unit > 0.0) return;
 #endif

@@ -1,8 +1,9 @@
 // Ternary products of few tokens with AVX2, where bytes are multiplied 32 at a time and floats 8. A token of floats becomes whole
 // numbers of four base-256 digits,
 //   x_c = unit * (d_0 + 256 d_1 + 256^2 d_2 + 256^3 d_3),   -128 <= d <= 127,   unit = 2^e,   2^28 <= max |x| / unit < 2^30,
-// whose products with codes (trit + 1) are sums of integers, free of rounding. So all that is rounded is x, to 2^-29 of its
-// largest, and the result. A token for which that is coarser than sums of floats would be is left to them.
+// whose products with codes (trit + 1) are sums of integers, free of rounding. Entries below 2^22 units would lose digits of their own,
+// and a row may read nothing else: they are added as floats, and a token with many of them is left to floats altogether. So every
+// entry is rounded to 2^-23 of itself at most, and then the result.
 #pragma once
 #include <cmath>
 
@@ -15,7 +16,7 @@
 namespace sieve {
 namespace SIEVE_LEVEL {
 
-constexpr float SPREAD = 1024.0f;                // largest over mean magnitude, beyond which small entries would lose digits
+constexpr int32_t EXACT = 1 << 22;              // units from which an entry keeps the digits of a float
 constexpr float SMALL = 1e-27f, LARGE = 1e30f;   // magnitudes between which units are normal numbers
 constexpr int64_t WIDE = int64_t{1} << 16;       // groups up to which sums are exact in a double
 
@@ -23,6 +24,11 @@ constexpr int64_t WIDE = int64_t{1} << 16;       // groups up to which sums are 
 struct alignas(32) Digits {
   double unit;   // 0: the groups hold floats
   double total;  // of the whole numbers: what codes, a trit and one, add to the sum
+  int64_t small; // entries that are floats, listed behind the groups
+};
+struct Small {
+  int32_t column;
+  float x;
 };
 constexpr int HEADER_FLOATS = sizeof(Digits) / sizeof(float);
 
@@ -41,25 +47,35 @@ static inline float unit_of(const float* x, int64_t n) {
   float high = 0.0f;
   for (int l = 0; l < 8; ++l) high = most[l] > high ? most[l] : high;
   // not finite: `mass` is not
-  if (!(high > SMALL && high < LARGE && high * (double)n <= SPREAD * sum(mass)) || !(sum(mass) < INFINITY) || n > WIDE * 16) return 0.0f;
+  if (!(high > SMALL && high < LARGE) || !(sum(mass) < INFINITY) || n > WIDE * 16) return 0.0f;
   int e;
   frexpf(high, &e);
   return ldexpf(1.0f, e - 30);
 }
 
 // 16 columns a group: 4 columns by 4 digits in each half of 32 bytes
-static inline Digits write_digits(const float* x, int64_t n, float unit, int8_t* out) {
+static inline Digits write_digits(const float* x, int64_t n, float unit, int8_t* out, Small* list, int64_t most) {
   const __m256 scale = _mm256_set1_ps(1.0f / unit);
   const __m256i half = _mm256_set1_epi32(0x00808080);
   const __m256i by_digit = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   __m256d total = _mm256_setzero_pd();
+  int64_t count = 0;
   for (int64_t i = 0; i < n; i += 8) {
-    const __m256i whole = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), scale));
+    const __m256 y = _mm256_loadu_ps(x + i);
+    __m256i whole = _mm256_cvtps_epi32(_mm256_mul_ps(y, scale));
+    const __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32(EXACT), _mm256_abs_epi32(whole));
+    uint32_t bits = (uint32_t)_mm256_movemask_ps(_mm256_and_ps(_mm256_castsi256_ps(low), _mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
+    for (; bits; bits &= bits - 1) {
+      if (count == most) return {};
+      const int l = __builtin_ctz(bits);
+      list[count++] = {(int32_t)(i + l), x[i + l]};
+    }
+    whole = _mm256_andnot_si256(low, whole);
     total = _mm256_add_pd(total, _mm256_add_pd(_mm256_cvtepi32_pd(_mm256_castsi256_si128(whole)), _mm256_cvtepi32_pd(_mm256_extracti128_si256(whole, 1))));
     const __m256i digits = _mm256_xor_si256(_mm256_add_epi32(whole, half), half);  // a digit above 127 carries
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * 4), _mm256_shuffle_epi8(digits, by_digit));
   }
-  return {unit, sum(total)};
+  return {unit, sum(total), count};
 }
 
 // Sums of 16 rows: codes times each of T lines of bytes, of which four columns lie together, the next four `step` bytes on, the
@@ -105,10 +121,20 @@ static inline __attribute__((always_inline)) void multiply_bytes(const int32_t* 
 static inline void add_digits(const TernaryTask& t, const Digits& d, const int8_t* x, int64_t block, float* sums) {
   int32_t digit[4][16];
   multiply_bytes<4>(t.codes + block * t.groups * 16, t.groups, x, 64, 16, 4, digit);
+  const Small* list = reinterpret_cast<const Small*>(x + t.groups * 64);
+  __m256 rest[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  for (int64_t n = 0; n < d.small; ++n) {
+    const int32_t c = list[n].column, *word = t.codes + (block * t.groups + c / 16) * 16;
+    const __m128i shift = _mm_cvtsi32_si128(8 * (c % 4) + 2 * (c % 16 / 4));
+    for (int h = 0; h < 2; ++h) {
+      const __m256i code = _mm256_and_si256(_mm256_srl_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(word + 8 * h)), shift), _mm256_set1_epi32(3));
+      rest[h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(1))), _mm256_set1_ps(list[n].x), rest[h]);
+    }
+  }
   for (int r = 0; r < 16; ++r) {
     double whole = digit[3][r];
     for (int i = 2; i >= 0; --i) whole = whole * 256.0 + digit[i][r];
-    sums[r] = (float)((whole - d.total) * d.unit);
+    sums[r] = (float)((whole - d.total) * d.unit + (double)rest[r / 8][r % 8]);
   }
 }
 
