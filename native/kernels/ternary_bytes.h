@@ -1,9 +1,9 @@
 // Ternary products of few tokens with AVX2, where bytes are multiplied 32 at a time and floats 8. A token of floats becomes whole
 // numbers of four base-256 digits,
 //   x_c = unit * (d_0 + 256 d_1 + 256^2 d_2 + 256^3 d_3),   -128 <= d <= 127,   unit = 2^e,   2^28 <= max |x| / unit < 2^30,
-// whose products with codes (trit + 1) are sums of integers, free of rounding. Entries below 2^22 units would lose digits of their own,
+// whose products with codes (trit + 1) are sums of integers, free of rounding. Entries below 2^20 units would lose digits of their own,
 // and a row may read nothing else: they are added as floats, and a token with many of them is left to floats altogether. So every
-// entry is rounded to 2^-23 of itself at most, and then the result.
+// entry is rounded to 2^-21 of itself at most, and then the result.
 #pragma once
 #include <cmath>
 
@@ -16,7 +16,7 @@
 namespace sieve {
 namespace SIEVE_LEVEL {
 
-constexpr int32_t EXACT = 1 << 22;              // units from which an entry keeps the digits of a float
+constexpr int32_t EXACT = 1 << 20;              // units from which an entry keeps the digits of a float
 constexpr float SMALL = 1e-27f, LARGE = 1e30f;   // magnitudes between which units are normal numbers
 constexpr int64_t WIDE = int64_t{1} << 16;       // groups up to which sums are exact in a double
 
