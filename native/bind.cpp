@@ -1,4 +1,4 @@
-// The only file that knows Python. Arrays come as View objects (pointer, dtype, shape, strides) that Python code has checked;
+// Together with tensor.h, the only file that knows Python. Arrays come as View objects (pointer, dtype, shape, strides) that Python code has checked;
 // the GIL is released while kernels run.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
@@ -17,6 +17,7 @@
 #include "scan.h"
 #include "rows.h"
 #include "diagonal_scan.h"
+#include "tensor.h"
 #include "ternary.h"
 #include "top_k.h"
 #include "offsets.h"
@@ -27,25 +28,6 @@ using namespace nb::literals;
 
 namespace sieve {
 namespace {
-
-const std::pair<const char*, DType> DTYPES[] = {{"float32", F32}, {"float16", F16}, {"bfloat16", BF16}, {"bool", U8},
-                                                {"uint8", U8},    {"int32", I32},   {"int64", I64}};
-
-template <class T, size_t N>
-T named(const char* what, const std::pair<const char*, T> (&table)[N], const std::string& name) {
-  for (const auto& [n, value] : table)
-    if (name == n) return value;
-  throw std::invalid_argument(std::string("`") + what + "` must be one that kernels know; got '" + name + "'; convert it first");
-}
-
-// Up to four axes; missing ones come first, with size 1.
-View make_view(uintptr_t pointer, const std::string& dtype, const std::vector<int64_t>& shape, const std::vector<int64_t>& stride) {
-  if (shape.size() > 4 || stride.size() != shape.size()) throw std::invalid_argument("`shape` must have at most 4 axes, each with its stride");
-  View v{reinterpret_cast<void*>(pointer), named("dtype", DTYPES, dtype), {1, 1, 1, 1}, {0, 0, 0, 0}};
-  std::copy_backward(shape.begin(), shape.end(), v.shape + 4);
-  std::copy_backward(stride.begin(), stride.end(), v.stride + 4);
-  return v;
-}
 
 const View absent{nullptr, F32, {0, 0, 0, 0}, {0, 0, 0, 0}};
 
@@ -342,9 +324,10 @@ void read_gated(const Gated& g, const View& row_ptr, const View& block_index, co
 NB_MODULE(_native, m) {
   using namespace sieve;
   m.doc() = "Kernels of sieve_attn. Private: call sieve_attn.attend.native and its neighbours.";
-  nb::class_<View>(m, "View").def("__init__",
-                                  [](View* self, uintptr_t p, const std::string& t, const std::vector<int64_t>& shape,
-                                     const std::vector<int64_t>& stride) { new (self) View(make_view(p, t, shape, stride)); });
+  nb::class_<View>(m, "View")
+      .def("__init__", [](View* self, nb::handle tensor) { new (self) View(tensor_view(tensor)); })
+      .def("__init__", [](View* self, uintptr_t p, const std::string& t, const std::vector<int64_t>& shape,
+                          const std::vector<int64_t>& stride) { new (self) View(make_view(p, t, shape, stride)); });
   nb::class_<Attention>(m, "Attention")
       .def("__init__",
            [](Attention* self, const View& q, const View& k, const View& v, std::optional<View> mask, std::optional<View> bias,

@@ -319,6 +319,14 @@ def test_whole_numbers_are_multiplied_without_rounding(level, eight):
         )
 
 
+@pytest.mark.parametrize("edge", [0.5, 0.98, 0.99, 0.9961, 0.997, 1.0 - 2.0**-24])
+def test_largest_channels_at_the_ends_of_a_power_of_two(level, edge):
+    x, trits, alpha = problem(48, 1000, 2)
+    x = edge * torch.where(x > 0, 1.0, -1.0) * torch.tensor([[1.0], [2.0**60]])
+    got, expected = ternary_linear(x, packing.pack(trits), alpha, 48).double(), exact(x, trits, alpha)
+    assert ((got - expected).abs() <= 4 * torch.finfo(torch.float32).eps * exact(x.abs(), trits.abs(), alpha)).all()
+
+
 def test_strided_inputs(level):
     x, trits, alpha = problem(30, 50, 12)
     wide = torch.randn(12, 100)

@@ -14,7 +14,7 @@ namespace SIEVE_LEVEL {
 #if defined(__AVX512F__)
 constexpr int HEADER_FLOATS = 0, GROUP_FLOATS = 8 * 16;
 #elif defined(__AVX2__)
-constexpr int GROUP_FLOATS = 16 + 2;  // the columns, or four digits of a byte for each; room for a sixteenth of them in the list
+constexpr int GROUP_FLOATS = 16 + sizeof(Small) / sizeof(float);  // the columns, or four digits of a byte for each; one entry of the list
 #else
 constexpr int HEADER_FLOATS = 0, GROUP_FLOATS = 16;  // the columns
 #endif

@@ -1,6 +1,6 @@
 // Ternary products of few tokens with AVX2, where bytes are multiplied 32 at a time and floats 8. A token of floats becomes whole
 // numbers of four base-256 digits,
-//   x_c = unit * (d_0 + 256 d_1 + 256^2 d_2 + 256^3 d_3),   -128 <= d <= 127,   unit = 2^e,   2^28 <= max |x| / unit < 2^30,
+//   x_c = unit * (d_0 + 256 d_1 + 256^2 d_2 + 256^3 d_3),   -128 <= d <= 127,   unit = 2^e,   2^29 < max |x| / unit < 2^31,
 // whose products with codes (trit + 1) are sums of integers, free of rounding. Entries below 2^20 units would lose digits of their own,
 // and a row may read nothing else: they are added as floats, and a token with many of them is left to floats altogether. So every
 // entry is rounded to 2^-21 of itself at most, and then the result.
@@ -27,8 +27,8 @@ struct alignas(32) Digits {
   int64_t small; // entries that are floats, listed behind the groups
 };
 struct Small {
-  int32_t column;
-  float x;
+  float products[4];  // -x, 0, x: what a code reads
+  int32_t word, shift;  // where its codes are in a row block
 };
 constexpr int HEADER_FLOATS = sizeof(Digits) / sizeof(float);
 
@@ -49,8 +49,8 @@ static inline float unit_of(const float* x, int64_t n) {
   // not finite: `mass` is not
   if (!(high > SMALL && high < LARGE) || !(sum(mass) < INFINITY) || n > WIDE * 16) return 0.0f;
   int e;
-  frexpf(high, &e);
-  return ldexpf(1.0f, e - 30);
+  const float fraction = frexpf(high, &e);
+  return ldexpf(1.0f, fraction < 0.99f ? e - 31 : e - 30);  // four digits hold 127.5 * 2^24 at most
 }
 
 // 16 columns a group: 4 columns by 4 digits in each half of 32 bytes
@@ -67,8 +67,8 @@ static inline Digits write_digits(const float* x, int64_t n, float unit, int8_t*
     uint32_t bits = (uint32_t)_mm256_movemask_ps(_mm256_and_ps(_mm256_castsi256_ps(low), _mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
     for (; bits; bits &= bits - 1) {
       if (count == most) return {};
-      const int l = __builtin_ctz(bits);
-      list[count++] = {(int32_t)(i + l), x[i + l]};
+      const int64_t c = i + __builtin_ctz(bits);
+      list[count++] = {{-x[c], 0.0f, x[c], 0.0f}, (int32_t)(c / 16 * 16), (int32_t)(8 * (c % 4) + 2 * (c % 16 / 4))};
     }
     whole = _mm256_andnot_si256(low, whole);
     total = _mm256_add_pd(total, _mm256_add_pd(_mm256_cvtepi32_pd(_mm256_castsi256_si128(whole)), _mm256_cvtepi32_pd(_mm256_extracti128_si256(whole, 1))));
@@ -120,15 +120,16 @@ static inline __attribute__((always_inline)) void multiply_bytes(const int32_t* 
 // One row block against one token
 static inline void add_digits(const TernaryTask& t, const Digits& d, const int8_t* x, int64_t block, float* sums) {
   int32_t digit[4][16];
-  multiply_bytes<4>(t.codes + block * t.groups * 16, t.groups, x, 64, 16, 4, digit);
+  const int32_t* codes = t.codes + block * t.groups * 16;
+  multiply_bytes<4>(codes, t.groups, x, 64, 16, 4, digit);
   const Small* list = reinterpret_cast<const Small*>(x + t.groups * 64);
   __m256 rest[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
   for (int64_t n = 0; n < d.small; ++n) {
-    const int32_t c = list[n].column, *word = t.codes + (block * t.groups + c / 16) * 16;
-    const __m128i shift = _mm_cvtsi32_si128(8 * (c % 4) + 2 * (c % 16 / 4));
+    const __m256 products = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(list[n].products));
+    const __m128i shift = _mm_cvtsi32_si128(list[n].shift);
     for (int h = 0; h < 2; ++h) {
-      const __m256i code = _mm256_and_si256(_mm256_srl_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(word + 8 * h)), shift), _mm256_set1_epi32(3));
-      rest[h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(1))), _mm256_set1_ps(list[n].x), rest[h]);
+      const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + list[n].word + 8 * h));
+      rest[h] = _mm256_add_ps(rest[h], _mm256_permutevar_ps(products, _mm256_srl_epi32(words, shift)));
     }
   }
   for (int r = 0; r < 16; ++r) {

@@ -50,11 +50,10 @@ def level() -> str | None:
 
 def view(x: Array) -> Any:
     """``x`` as the kernels see it; whoever makes it keeps ``x`` alive."""
-    dtype = str(x.dtype).rpartition(".")[2]
     if hasattr(x, "data_ptr"):
-        return module().View(x.data_ptr(), dtype, x.shape, x.stride())
+        return module().View(x)
     size = x.dtype.itemsize
-    return module().View(x.__array_interface__["data"][0], dtype, x.shape, [s // size for s in x.strides])
+    return module().View(x.__array_interface__["data"][0], x.dtype.name, x.shape, [s // size for s in x.strides])
 
 
 def unreadable(x: Array) -> tuple[str, ...]:

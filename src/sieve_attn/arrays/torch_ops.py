@@ -267,6 +267,8 @@ def matmul_precision(x) -> str:
 
 def autocast(*parts):
     """Under autocast, all of ``parts`` in its dtype (fp64 stays fp64, as PyTorch's own operators keep it)."""
+    if not torch._C._is_any_autocast_enabled():
+        return parts
     device = parts[0].device.type
     # devices without arithmetic, as `meta`, are not known to autocast
     active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

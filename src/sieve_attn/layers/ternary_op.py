@@ -52,23 +52,17 @@ def reference(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool) ->
 
 
 def _compute(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool) -> Tensor:
-    if x.device.type != "cpu" or x.dtype not in DTYPES or native.missing():
+    if not x.is_cpu or x.dtype not in DTYPES or native.missing():
         return reference(x, codes, alpha, rows, int8)
-    flat = x.reshape(-1, x.shape[-1])
-    out = torch.empty(flat.shape[0], rows, dtype=x.dtype)
-    if flat.shape[0]:
-        words = two_bits(codes, rows, x.shape[-1])
-        native.module().ternary_linear(
-            native.view(words),
-            native.view(alpha),
-            rows,
-            x.shape[-1],
-            native.view(flat),
-            int8,
-            native.view(out),
-            native.threads(x),
-        )
-    return out.reshape(*x.shape[:-1], rows)
+    *lead, columns = x.shape
+    out = torch.empty(*lead, rows, dtype=x.dtype)
+    if out.numel():
+        # kernels read tokens along one axis
+        flat, to = (x, out) if len(lead) < 2 else (x.reshape(-1, columns), out.view(-1, rows))
+        words = two_bits(codes, rows, columns)
+        see, threads = native.view, native.threads(x)
+        native.module().ternary_linear(see(words), see(alpha), rows, columns, see(flat), int8, see(to), threads)
+    return out
 
 
 @torch.library.custom_op("sieve_attn::ternary_linear", mutates_args=())
@@ -107,6 +101,7 @@ def ternary_linear(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: boo
 
 def watched(*tensors: Tensor) -> bool:
     """Whether the compiler, autograd, a transform or a tensor of another kind must see an operator."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    if torch.compiler.is_compiling() or _transforms() is not None or _modes() > 0:
         return True
-    return any(type(x) not in (Tensor, Parameter) for x in tensors) or _transforms() is not None or _modes() > 0
+    grad = torch.is_grad_enabled()
+    return any(type(x) not in (Tensor, Parameter) or (grad and x.requires_grad) for x in tensors)
