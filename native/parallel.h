@@ -1,5 +1,4 @@
-// Threads for one call. They are started by the call and joined before it returns: nothing is shared between calls, so
-// concurrent calls and calls after fork() need no care.
+// Threads for one call.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -7,7 +6,7 @@
 namespace sieve {
 
 // Runs work(item, thread) for every item in 0..items-1 on up to `threads` threads; items are handed out in order.
-// The first exception is rethrown here once every thread has stopped.
+// The first exception is rethrown here once every thread has stopped. Concurrent calls and calls after fork() need no care.
 void parallel_for(int64_t items, int threads, const std::function<void(int64_t item, int thread)>& work);
 
 }  // namespace sieve

@@ -93,6 +93,26 @@ def test_a_forked_child_can_call_kernels(level, monkeypatch):
     assert all(np.array_equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
+BEFORE_LOADING = """
+import os, torch
+torch.set_num_threads(2)
+torch.randn(1 << 20).sum()  # OpenMP has threads now, and loses them
+child = os.fork()
+if child:
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+import numpy
+from sieve_attn.functional import top_k_attention
+x = numpy.random.default_rng(0).standard_normal((1, 4, 300, 64)).astype(numpy.float32)
+top_k_attention(x, x, x, 5, causal=True, backend="native")
+os._exit(7)
+"""
+
+
+@needs_kernels
+def test_a_child_can_load_kernels_that_its_parent_had_not():
+    assert subprocess.run([sys.executable, "-c", BEFORE_LOADING], timeout=120).returncode == 7
+
+
 @needs_kernels
 def test_the_gil_is_released():
     q, k, v = gaussian(1, Shape(1, 4, 4, 3000, 3000, 64, 64))
