@@ -111,6 +111,86 @@ const char* queries_in_place(const Attention& a, int64_t b, const std::vector<Ro
   return at(a.q, b, rows[0].head, rows[0].query, 0);
 }
 
+// Units of the backward pass go over the keys side by side, some keys at a time: keys, values and both sums of a head are five
+// arrays that the caches do not hold, and would be read from memory once a unit.
+constexpr int64_t UNITS = 8;
+constexpr int32_t STEP_PANELS = 4;     // panels that the kernel takes at a time
+constexpr int32_t AT_A_TIME = 8;       // panels of a unit between two turns of another
+
+struct BackwardUnit {
+  BackwardUnit(const TileGradient& shared, int64_t wide_d, int64_t wide_v)
+      : x(shared), q(MAX_ROWS * wide_d), q_clean(MAX_ROWS * wide_d), pull(MAX_ROWS * wide_v), dq(MAX_ROWS * wide_d), lse(MAX_ROWS),
+        shift(MAX_ROWS), wide_d(wide_d), wide_v(wide_v) {}
+
+  void read(const Attention& a, const Gradients& g, const Plan& plan, const Kernels& k, int64_t b, int64_t t, const std::vector<Row>& of,
+            const Panels& list) {
+    rows = of;
+    plan.look(b, t * plan.tile - plan.lead, rows, list, sight, x.tile);
+    x.tile.q = q.get();
+    x.tile.q_stride = wide_d;
+    x.lse = lse.get();
+    x.shift = shift.get();
+    x.d_out = pull.get();
+    x.q_clean = q_clean.get();
+    x.dq = dq.get();
+    std::fill_n(dq.get(), MAX_ROWS * wide_d, 0.0f);
+    bias_rows.clear();
+    for (size_t r = 0; r < rows.size(); ++r) {
+      const auto [h, i] = rows[r];
+      k.read_rows(a.q, b, h, i, i + 1, wide_d, false, q.get() + r * wide_d);
+      k.read_rows(a.q, b, h, i, i + 1, wide_d, true, q_clean.get() + r * wide_d);
+      k.read_rows(g.d_out, b, h, i, i + 1, wide_v, false, pull.get() + r * wide_v);
+      const int64_t flat = (b * plan.q_heads + h) * plan.q_len + i;
+      lse[r] = g.lse[flat];
+      shift[r] = g.shift[flat];
+      if (g.d_bias.data) bias_rows.push_back(at(g.d_bias, b, h, i, 0));
+    }
+    x.d_bias_row = g.d_bias.data ? bias_rows.data() : nullptr;
+    next = 0;
+  }
+
+  // Goes on to the first panel at or behind `stop`, in whole steps of the kernel.
+  void advance(const Kernels& k, int32_t stop) {
+    const int32_t* panel = x.tile.panel;
+    const int32_t reached = static_cast<int32_t>(std::lower_bound(panel + next, panel + x.tile.panels, stop) - panel);
+    const int32_t last = std::min<int32_t>(x.tile.panels, static_cast<int32_t>(up(reached - next, STEP_PANELS)) + next);
+    if (last == next) return;
+    TileGradient some = x;
+    some.tile.panel += next;
+    some.tile.keep += next;
+    some.tile.masked += next;
+    if (some.tile.row_keep) some.tile.row_keep += int64_t{next} * x.tile.rows;
+    some.tile.panels = last - next;
+    k.gradient(some);
+    next = last;
+  }
+
+  TileGradient x;
+  Buffer<float> q, q_clean, pull, dq, lse, shift;
+  int64_t wide_d, wide_v;
+  std::vector<Row> rows;
+  std::vector<char*> bias_rows;
+  Plan::Sight sight;
+  int32_t next = 0;
+};
+
+void pass_keys(const Kernels& k, BackwardUnit* units, int64_t count) {
+  int32_t first = std::numeric_limits<int32_t>::max(), last = 0, longest = 1;
+  for (int64_t i = 0; i < count; ++i) {
+    const Tile& t = units[i].x.tile;
+    if (!t.panels) continue;
+    first = std::min(first, t.panel[0]);
+    last = std::max(last, t.panel[t.panels - 1] + 1);
+    longest = std::max(longest, t.panels);
+  }
+  // the thinner the lists, the farther a turn goes
+  const int32_t step = static_cast<int32_t>(std::max<int64_t>(AT_A_TIME, int64_t{AT_A_TIME} * (last - first) / longest));
+  for (int32_t stop = first; stop < last;) {
+    stop = std::min(last, stop + step);
+    for (int64_t i = 0; i < count; ++i) units[i].advance(k, stop);
+  }
+}
+
 }  // namespace
 
 void attend(const Attention& a, const View& out, float* lse) {
@@ -209,54 +289,39 @@ void attend_backward(const Attention& a, const Gradients& g) {
     k.pack_keys(clean_view, 0, 0, 0, plan.key_panels, values.get());
 
     Buffer<char> scratch(scratch_bytes);
-    Buffer<float> q(MAX_ROWS * wide_d), q_clean(MAX_ROWS * wide_d), pull(MAX_ROWS * wide_v), dq(MAX_ROWS * wide_d);
-    float lse[MAX_ROWS], shift[MAX_ROWS];
+    TileGradient x{};
+    x.tile.k = panels.get();
+    x.tile.scratch = scratch.get();
+    x.k_rows = rows.get();
+    x.v_panels = values.get();
+    x.dk = total.dk.get();
+    x.dv = total.dv.get();
+    x.d_bias_stride = g.d_bias.stride[3];
+    std::vector<BackwardUnit> units;
+    for (int64_t i = 0; i < UNITS; ++i) units.emplace_back(x, wide_d, wide_v);
+    int64_t filled = 0;
+    const auto flush = [&] {
+      pass_keys(k, units.data(), filled);
+      for (int64_t i = 0; i < filled; ++i)
+        for (size_t r = 0; r < units[i].rows.size(); ++r) {
+          const auto [h, n] = units[i].rows[r];
+          k.write_row(units[i].dq.get() + r * wide_d, d, at(g.dq, b, h, n, 0), g.dq.stride[3], g.dq.dtype);
+        }
+      filled = 0;
+    };
     std::vector<Row> group_rows;
-    std::vector<char*> bias_rows;
     Panels list;
-    Plan::Sight sight;
     const int64_t choosers = plan.by_head ? plan.group : 1;
     for (int64_t chooser = 0; chooser < choosers; ++chooser)
       for (int64_t t = part; t < plan.tiles; t += parts) {
         const int64_t head = plan.by_head ? kv * plan.group + chooser : kv;
         plan.list(b, plan.by_head ? head : kv * plan.group, t, list);
-        TileGradient x{};
-        x.tile.k = panels.get();
-        x.tile.q = q.get();
-        x.tile.q_stride = wide_d;
-        x.tile.scratch = scratch.get();
-        x.lse = lse;
-        x.shift = shift;
-        x.d_out = pull.get();
-        x.q_clean = q_clean.get();
-        x.k_rows = rows.get();
-        x.v_panels = values.get();
-        x.dq = dq.get();
-        x.dk = total.dk.get();
-        x.dv = total.dv.get();
-        x.d_bias_stride = g.d_bias.stride[3];
         each_group(plan, head, t, group_rows, [&] {
-          plan.look(b, t * plan.tile - plan.lead, group_rows, list, sight, x.tile);
-          bias_rows.clear();
-          std::fill_n(dq.get(), MAX_ROWS * wide_d, 0.0f);
-          for (size_t r = 0; r < group_rows.size(); ++r) {
-            const auto [h, i] = group_rows[r];
-            k.read_rows(a.q, b, h, i, i + 1, wide_d, false, q.get() + r * wide_d);
-            k.read_rows(a.q, b, h, i, i + 1, wide_d, true, q_clean.get() + r * wide_d);
-            k.read_rows(g.d_out, b, h, i, i + 1, wide_v, false, pull.get() + r * wide_v);
-            const int64_t flat = (b * plan.q_heads + h) * plan.q_len + i;
-            lse[r] = g.lse[flat];
-            shift[r] = g.shift[flat];
-            if (g.d_bias.data) bias_rows.push_back(at(g.d_bias, b, h, i, 0));
-          }
-          x.d_bias_row = g.d_bias.data ? bias_rows.data() : nullptr;
-          k.gradient(x);
-          for (size_t r = 0; r < group_rows.size(); ++r) {
-            const auto [h, i] = group_rows[r];
-            k.write_row(dq.get() + r * wide_d, d, at(g.dq, b, h, i, 0), g.dq.stride[3], g.dq.dtype);
-          }
+          units[filled].read(a, g, plan, k, b, t, group_rows, list);
+          if (++filled == UNITS) flush();
         });
       }
+    flush();
   });
   parallel_for(key_heads, threads, [&](int64_t item, int) {
     const int64_t b = item / plan.kv_heads, kv = item % plan.kv_heads;
