@@ -47,7 +47,7 @@ def best_keys(
     slot = tl.arange(0, KEPT)
     # places that are one too many never are the worst
     best = tl.where(slot[None, :] < top_k, LOWEST, 2**63 - 1) + tl.zeros((ROWS, KEPT), tl.int64)
-    seen_keys = tl.zeros((ROWS,), tl.int64)
+    seen_keys = tl.zeros((ROWS,), tl.int32)
     begin = tl.min(tl.where(there & (low < high), low, kv_len), 0) // KEYS * KEYS
     for first in range(begin, tl.max(tl.where(there, high, 0), 0), KEYS):
         number = first + tl.arange(0, KEYS)
@@ -60,7 +60,7 @@ def best_keys(
         if MASKED:
             pair = mask + row.to(tl.int64)[:, None] * mask_m + number.to(tl.int64)[None, :] * mask_n
             seen = seen & (tl.load(pair, seen, 0) != 0)
-        seen_keys += tl.sum(seen.to(tl.int64), 1)
+        seen_keys += tl.sum(seen.to(tl.int32), 1)
         bits = (logit + 0.0).to(tl.int32, bitcast=True)
         order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         order = tl.where(logit == logit, order, 0x7FFFFFFF).to(tl.int64)
@@ -77,7 +77,7 @@ def best_keys(
     found = tl.where(best == LOWEST, -1, 0xFFFFFFFF - (best & 0xFFFFFFFF)).to(tl.int32)
     out = (tl.program_id(1).to(tl.int64) * q_len + row)[:, None] * top_k + slot[None, :]
     tl.store(index + out, found, there[:, None] & (slot < top_k)[None, :])
-    tl.store(counts + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), tl.sum(seen_keys, 0))
+    tl.store(counts + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), tl.sum(seen_keys.to(tl.int64), 0))
 
 
 def choose(call: Call, top_k: int) -> tuple[Tensor, Tensor]:

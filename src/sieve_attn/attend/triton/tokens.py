@@ -276,7 +276,7 @@ def backward(
             widths = {name: shape[name] for name in ("dim", "v_dim", "PADDED", "V_PADDED")}
             gradients_of_keys[(kv_len, batch * kv_heads)](
                 query, grad_output, weights, slopes, pairs, ends, grads["key"], grads["value"], q_len, kv_len, count,
-                *query.stride(), *grad_output.stride(), kv_heads=kv_heads, GROUP=group, PAIRS=16, **widths, num_warps=2,
+                *query.stride(), *grad_output.stride(), kv_heads=kv_heads, GROUP=group, PAIRS=8, **widths, num_warps=2,
             )  # fmt: skip
     if bias is not None:
         full = torch.zeros((batch, heads, q_len, kv_len + 1), dtype=torch.float32, device=query.device)

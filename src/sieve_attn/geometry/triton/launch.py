@@ -21,7 +21,7 @@ def tile(block_size: int, dim: int, v_dim: int = 1) -> dict[str, int]:
     padded, v_padded = (max(16, triton.next_power_of_2(d)) for d in (dim, v_dim))
     wide = max(padded, v_padded)
     blocks = max(1, ENTRIES // (each * wide))
-    warps = max(4, min(16, blocks * each * wide // (32 * ENTRIES_A_THREAD)))
+    warps = max(4, min(32, blocks * each * wide // (32 * ENTRIES_A_THREAD)))
     return {"EACH": each, "BLOCKS": blocks, "PADDED": padded, "V_PADDED": v_padded, "num_warps": warps}
 
 

@@ -74,7 +74,7 @@ def grid_of(call: Call, policy: Any) -> Grid:
     return Grid(
         batch, heads, -(-(call.q_len + lead) // tile), lead, -(-call.kv_len // policy.block_size), group, slots, stride,
         rows_at_once=rows_at_once,
-        blocks_at_once=max(1, (64 if rows_at_once > 16 else 128) // each) if sketch else 32, each=each,
+        blocks_at_once=max(1, (64 if rows_at_once > 16 else 128) // each) if sketch else 16, each=each,
         padded=max(32, triton.next_power_of_2(call.query.shape[3])),
     )  # fmt: skip
 
@@ -199,6 +199,7 @@ class _Run:
             "EXPANDED": expanded, "CAPPED": call.softcap is not None, "EACH": grid.each, "BLOCKS": grid.blocks_at_once,
             "PADDED": grid.padded, "ROWS": grid.rows_at_once,
         }  # fmt: skip
+        self.scorer_of_few = self.scorer | {"ROWS": 16} | ({} if sketched else {"BLOCKS": 2 * grid.blocks_at_once})
         self.warps = 8 if grid.rows_at_once > 16 else 4
         self.forced = {"SINKS": sinks > 0, "NEAR": near > 0}
         self.ends = (sinks, near)
@@ -261,7 +262,7 @@ class _Run:
             choosing.remember[(units,)](
                 *self.scored, self.sights, self.marks, *found, self.forgotten, first, *self.places, self.calibration, self.window,
                 float(self.call.scale), float(self.cap), float(policy.dense_above), *self.strides, MAY_TURN=self.turns, **shared,
-                **(self.scorer | {"ROWS": 16}), CHUNK=min(64, self.chunk), num_warps=8, num_stages=2,
+                **self.scorer_of_few, CHUNK=min(64, self.chunk), num_warps=8, num_stages=2,
             )  # fmt: skip
 
     def list(self, first: int, units: int, number: Tensor, row_ptr: Tensor, index: Tensor) -> None:
