@@ -1,5 +1,5 @@
-// Together with tensor.h, the only file that knows Python. Arrays come as View objects (pointer, dtype, shape, strides) that Python code has checked;
-// the GIL is released while kernels run.
+// The only file that knows Python, with tensor.h. Arrays come as View objects (pointer, dtype, shape, strides) that Python code
+// has checked; the GIL is released while kernels run.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
