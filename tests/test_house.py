@@ -79,7 +79,7 @@ MAY_IMPORT = (
 )
 # a lower floor never imports a higher one
 FLOORS = [
-    {"_native", "arrays", "bounds", "checks", "native", "registry", "triton"},
+    {"_native", "arrays", "bounds", "checks", "expression", "native", "registry", "triton"},
     {"types"},
     {"geometry"},
     {"scores", "patterns"},

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sieve_attn import patterns, scores, selection
+from sieve_attn import expression, patterns, scores, selection
 from sieve_attn.checks import error, positive_int, share
 from sieve_attn.patterns import Pattern, Sinks, Union, Window
 from sieve_attn.scores import Bennett, Bound, Box, Euclidean, KeySketch, Scorer
@@ -238,7 +238,7 @@ def parse(text: str) -> Policy:
 def _read(text: str) -> Policy:
     """Operators get the text of a policy at every call: it is read once."""
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        tree = expression.read(text)
     except SyntaxError:
         raise error("policy", "must read like a call", repr(text), "try 'adaptive(mass=0.99)'") from None
     made = _construct(tree, text)

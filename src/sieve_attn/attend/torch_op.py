@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ast
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sieve_attn import dispatch, policies
+from sieve_attn import dispatch, expression, policies
 from sieve_attn import geometry as stage_geometry
 from sieve_attn.arrays import torch_ops
 from sieve_attn.attend import far_field as far
@@ -41,9 +42,15 @@ def pack(selection: Selection) -> tuple[list[Tensor], str]:
     return tensors, repr(spec)
 
 
+@lru_cache(maxsize=256)
+def _read(spec: str) -> list[tuple[str, dict[str, Any], dict[str, int]]]:
+    """The kind, the plain fields and the places of tensors of every part. A training loop asks for the same ones each step."""
+    return ast.literal_eval(expression.read(spec))
+
+
 def unpack(tensors: list[Tensor], spec: str) -> Selection:
     parts = []
-    for kind, plain, places in ast.literal_eval(spec):
+    for kind, plain, places in _read(spec):
         parts.append(_KINDS[kind](**plain, **{name: tensors[i] for name, i in places.items()}))
     return Selection(tuple(parts))
 
@@ -294,7 +301,7 @@ def _setup_attention(ctx, inputs, output):
         spec = repr([("Blocks", {n: int(v) for n, v in grid.items()}, places)])
     scale = query.shape[3] ** -0.5 if scale is None else scale
     dtype = str(query.dtype).removeprefix("torch.")
-    kinds = tuple(kind for kind, _, _ in ast.literal_eval(spec))
+    kinds = tuple(kind for kind, _, _ in _read(spec))
     request = dispatch.Request("torch", query.device.type, dtype, query.shape[3], value.shape[3], chosen.far_field, kinds)
     far_block = chosen.block_size if chosen.far_field and grid else 0
     _save(ctx, (*tensors, causal, scale, softcap, window), output, parts, spec, dispatch.choose(backend, request)[0], far_block)
