@@ -105,7 +105,7 @@ class BackendContract:
         """Output, lse and every gradient against the fp64 oracle, with plain code in the same dtype as the measure."""
         dtype = inputs[0].dtype
 
-        def differentiate(function, cast):
+        def differentiate(function, cast, options=options):
             leaves = [x.detach().to(cast).requires_grad_() for x in inputs]
             extra = {n: options[n].to(cast).requires_grad_() for n in ("bias", "sink") if n in options}
             out, lse = function(*leaves, selection, **(options | extra))
@@ -120,8 +120,15 @@ class BackendContract:
 
         exact = differentiate(self.plain, torch.float64)
         plain = differentiate(self.plain, dtype)
+        terms = {}
+        if "bias" in options:
+            # the gradient of one entry adds up those of every pair that it was broadcast to, and they cancel
+            bias, pairs = options["bias"], (*inputs[0].shape[:3], inputs[1].shape[2])
+            each = differentiate(self.plain, torch.float64, options | {"bias": bias.expand(pairs)})["gradient of bias"]
+            terms["gradient of bias"] = float(each.square().sum_to_size(bias.shape).sqrt().max())
         for name, got in differentiate(self.run, dtype).items():
-            assert_close(got, exact[name], plain=plain[name], dtype=got.dtype if name == "lse" else dtype, what=name)
+            kind = got.dtype if name == "lse" else dtype
+            assert_close(got, exact[name], plain=plain[name], dtype=kind, what=name, terms=terms.get(name, 0.0))
 
     @pytest.mark.parametrize("name", BACKEND_CASES)
     def test_equals_the_oracle(self, name):

@@ -19,11 +19,15 @@ def float64(x: Array) -> np.ndarray:
     return np.asarray(x, dtype=np.float64)
 
 
-def allowed_error(exact: Array, plain: Array | None, dtype: torch.dtype) -> float:
-    """Twice the error of ``plain`` (code without tricks in ``dtype``) plus a floor of a few rounding units."""
+def allowed_error(exact: Array, plain: Array | None, dtype: torch.dtype, terms: float = 0.0) -> float:
+    """Twice the error of ``plain`` (code without tricks in ``dtype``) plus a floor of a few rounding units.
+
+    ``terms``: the root of the summed squares of what ``exact`` is a sum of. Where it cancels, the terms round, not the sum, and
+    ``plain`` may have been lucky.
+    """
     exact = float64(exact)
     finite = np.isfinite(exact)
-    size = np.abs(exact[finite]).max(initial=0.0)
+    size = max(np.abs(exact[finite]).max(initial=0.0), terms)
     floor = FLOOR * torch.finfo(dtype).eps * (1.0 + size)
     if plain is None:
         return float(floor)
@@ -32,8 +36,9 @@ def allowed_error(exact: Array, plain: Array | None, dtype: torch.dtype) -> floa
 
 
 def assert_close(
-    got: Array, exact: Array, *, plain: Array | None = None, dtype: torch.dtype = torch.float64, what: str = "result"
-) -> None:
+    got: Array, exact: Array, *, plain: Array | None = None, dtype: torch.dtype = torch.float64, what: str = "result",
+    terms: float = 0.0,
+) -> None:  # fmt: skip
     """``got`` is finite where ``exact`` is, equals it elsewhere (-inf and NaN included) and errs by no more than is allowed."""
     got, exact = float64(got), float64(exact)
     if got.shape != exact.shape:
@@ -41,7 +46,7 @@ def assert_close(
     finite = np.isfinite(exact)
     if not np.array_equal(got[~finite], exact[~finite], equal_nan=True) or not np.isfinite(got[finite]).all():
         raise AssertionError(f"{what}: NaN or infinities are not where the oracle has them")
-    limit = allowed_error(exact, plain, dtype)
+    limit = allowed_error(exact, plain, dtype, terms)
     worst = np.abs(got[finite] - exact[finite]).max(initial=0.0)
     if worst > limit:
         raise AssertionError(f"{what}: errs by {worst:.3e}, allowed are {limit:.3e}")

@@ -19,6 +19,7 @@ from sieve_attn.attend.paged import Pages
 from sieve_attn.attend.triton.decode import shared_out
 from sieve_attn.attend.triton.launch import (
     Launch,
+    every_pair,
     grid_of,
     key_mask_view,
     over_pairs,
@@ -177,31 +178,42 @@ def attend_kernel(
     store_rows(weight, row_base, row_offset, row_there, out.col, V_DIM, BLOCK_V)
 
 
-def tiling(dtype: torch.dtype, width: int, rows: int, capability: tuple[int, int]) -> tuple[int, int, int]:
+def tiling(
+    dtype: torch.dtype, width: int, rows: int, capability: tuple[int, int], every_pair: bool = False
+) -> tuple[int, int, int]:
     """``(columns, warps, stages)`` for tiles of ``rows`` rows, ``width`` the larger padded head dim.
+
+    ``every_pair``: something is done to every logit (see :func:`every_pair`), which takes registers: more threads share them.
 
     A table and no search: the first call compiles one kernel. Shared memory holds the rows and ``stages`` tiles of keys and
     values, registers the output; both are held to their budgets by the ahead-of-time tests.
     """
     if dtype == torch.float32:
         # full fp32 products run on the ordinary cores: small tiles, all in registers
-        return (32, 4, 2) if width <= 64 else (16, 4, 2) if width <= 128 else (16, 8, 1)
+        if width > 128:
+            return 16, 8, 1
+        if rows <= 16:
+            return (32, 4, 2) if width <= 64 else (16, 8, 2)
+        # the next tile on its way would have no room
+        wide_columns = width <= 32 or (every_pair and width <= 64)
+        return 32 if wide_columns else 16, 8 if every_pair and width > 32 else 4, 1
     if width > 128:
         return (32, 4 if rows <= 16 else 8, 2) if rows <= 32 else (16, 8, 2)
     if rows <= 32:
-        return (128, 4, 3) if width <= 64 else (64, 4, 3)
+        return 64, 4, 4 if width <= 64 else 3
     if capability < (9, 0):
         # products take both sides from registers
         return (32 if width <= 64 else 16, 8, 2)
+    warps = 8 if rows >= 128 or every_pair else 4
     if capability >= (10, 0) and width > 64:
-        return (32, 8 if rows >= 128 else 4, 2)
-    return (64, 8, 3) if rows >= 128 else (64 if width <= 64 else 32, 4, 3)
+        return 32, warps, 2
+    return 64 if width <= 64 or (rows >= 128 and not every_pair) else 32, warps, 3
 
 
 def most_rows(dtype: torch.dtype, width: int, capability: tuple[int, int]) -> int:
     """How many rows a program may hold: their output lies in registers."""
     if dtype == torch.float32:
-        return 64 if width <= 64 else 32 if width <= 128 else 16
+        return 32 if width <= 128 else 16
     return 128 if width <= 128 and capability >= (9, 0) else 64
 
 
@@ -219,7 +231,7 @@ def launch_forward(
     q_block = min(power_of_two(q_len), most) if part is None else part.q_block
     shared = part is None or part.heads != q_heads or group == 1
     rows, pack = packing(q_block, group, shared, most)
-    columns, warps, stages = tiling(call.query.dtype, width, rows * pack, capability)
+    columns, warps, stages = tiling(call.query.dtype, width, rows * pack, capability, every_pair(call, selection))
     grid = grid_of(selection, q_block, columns)
     mask, bias = over_pairs(call.mask, call), over_pairs(call.bias, call)
     pieces, packs = -(-grid.q_block // rows), kv_heads * -(-group // pack)

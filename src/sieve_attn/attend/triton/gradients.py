@@ -13,6 +13,7 @@ from sieve_attn import triton as door
 from sieve_attn.attend.triton.backward_kernels import key_kernel, query_kernel, shift_kernel
 from sieve_attn.attend.triton.launch import (
     Launch,
+    every_pair,
     grid_of,
     key_mask_view,
     over_pairs,
@@ -54,7 +55,7 @@ def turned(part: Blocks) -> Turned:
 
 
 def tiling(
-    dtype: torch.dtype, width: int, kernel: str, kv_block: int | None, capability: tuple[int, int]
+    dtype: torch.dtype, width: int, kernel: str, kv_block: int | None, capability: tuple[int, int], every_pair: bool = False
 ) -> tuple[int, int, int, int]:
     """``(most rows, columns, warps, stages)`` of a kernel; see :func:`sieve_attn.attend.triton.forward.tiling`.
 
@@ -62,16 +63,22 @@ def tiling(
     """
     old = capability < (9, 0)
     if dtype == torch.float32:
-        return (32, 32, 4, 1) if width <= 64 else (16, 16, 4, 1) if width <= 128 else (16, 16, 8, 1)
+        if width > 64:
+            return 16, 16, 8 if width > 128 or (kernel == "key") == every_pair else 4, 1
+        return 32, 16 if kernel == "key" and (width <= 32 or every_pair) else 32, 4, 1
     if kernel == "query":
         if width > 128:
             return 32, 32, 8, 1
-        return (128, 64, 8, 2) if not old else (64, 32, 8, 2) if width > 64 else (32, 32, 4, 2)
+        if old:
+            return (64, 32, 8, 2) if width > 64 else (64, 16, 4, 2)
+        return 128, 32 if every_pair and width <= 64 else 64, 8, 2
     limit = 32 if width > 128 or (old and width <= 64) else 64 if old else 128
     columns = min(limit, power_of_two(kv_block or 128, 16))
     if width <= 64 and not old:
-        return 64, columns, 8 if columns == 128 else 4, 2
-    rows = 32 if width > 128 or columns >= 64 else 64 if columns == 32 or old else 128
+        return 32 if columns == 128 and capability >= (10, 0) else 64, columns, 8 if columns == 128 or every_pair else 4, 2
+    if 64 < width <= 128 and every_pair:
+        return 64, min(columns, 32), 8, 2
+    rows = 32 if width > 128 or width <= 32 or columns >= 64 else 64 if columns == 32 or old else 128
     return rows, columns, 8, 2 if width <= 128 else 1
 
 
@@ -100,7 +107,7 @@ def launch_backward(
     width, group = max(block_d, block_v), q_heads // kv_heads
     mask, bias, part = over_pairs(call.mask, call), over_pairs(call.bias, call), selection.blocks
     shared = part is None or part.heads != q_heads or group == 1
-    pair_bias = made.get("pair_bias")
+    pair_bias, laden = made.get("pair_bias"), every_pair(call, selection)
     common = {
         "query": view(call.query), "key": view(call.key), "value": view(call.value), "grad": view(grad_output), "lse": lse,
         "shift": shift, "mask": mask, "bias": bias, "key_mask": key_mask_view(call), "sight": sight_of(call),
@@ -110,11 +117,11 @@ def launch_backward(
     }  # fmt: skip
 
     def plan(kernel: str, one_head: bool):
-        most, columns, warps, stages = tiling(call.query.dtype, width, kernel, part and part.kv_block, capability)
+        most, columns, warps, stages = tiling(call.query.dtype, width, kernel, part and part.kv_block, capability, laden)
         q_block = min(power_of_two(q_len), most) if part is None else part.q_block
         rows, pack = packing(q_block, group, shared and not one_head, most)
         if kernel == "query" and rows * pack < most and width <= 128:
-            columns, warps = (64 if capability >= (10, 0) and width > 64 else min(columns, 32)), 4
+            columns, warps = (64 if capability >= (10, 0) and width > 64 else min(columns, 32)), 8 if laden else 4
         grid = grid_of(selection, q_block, columns)
         sizes = {
             **common, "chosen": grid.chosen, "chosen_heads": grid.heads, "pieces": -(-grid.q_block // rows), "ROWS": rows,

@@ -29,17 +29,6 @@ class Launch:
             self.kernel[(self.grid,)](**self.arguments, num_warps=self.warps, num_stages=self.stages)
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How a kernel cuts its work: ``pack`` heads times ``rows`` queries by ``columns`` keys."""
-
-    rows: int
-    pack: int
-    columns: int
-    warps: int
-    stages: int
-
-
 def power_of_two(n: int, least: int = 1) -> int:
     """The smallest power of two that is at least ``n``."""
     return max(least, 1 << max(n - 1, 0).bit_length())
@@ -56,6 +45,12 @@ def over_pairs(x: Tensor | None, call: Call) -> View | None:
     if x.dtype == torch.float64:
         x = x.float()
     return view(x.expand(call.query.shape[0], call.query.shape[1], call.q_len, call.kv_len))
+
+
+def every_pair(call: Call, selection: Selection) -> bool:
+    """Whether every logit is masked, biased or capped on its own: what that takes lies in registers beside the tile."""
+    rows_of_their_own = selection.blocks is not None and selection.blocks.row_mask is not None
+    return rows_of_their_own or any(x is not None for x in (call.mask, call.bias, call.softcap))
 
 
 def key_mask_view(call: Call) -> View | None:

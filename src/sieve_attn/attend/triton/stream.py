@@ -29,7 +29,6 @@ from sieve_attn.selection.triton.sight import interval, sight, unit_at
 from sieve_attn.types import Blocks, Call, Geometry, Selection
 
 UNIT = tl.constexpr(2.0**-24)
-CHANNELS = tl.constexpr(32)  # of a product with block means at a time: fp32 rows and means must not fill the registers
 COMPACTED = 1024  # units whose lists are written by one launch
 
 
@@ -75,7 +74,7 @@ def stream_kernel(
     PACK: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
     COLUMNS: tl.constexpr, STEPS: tl.constexpr, RUNS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr, SINKS: tl.constexpr,
-    NEAR: tl.constexpr, WIDE: tl.constexpr,
+    NEAR: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Parts [RUNS x batch, q_heads, q_len, v_dim] of the output, their lse, and where ``marks`` [units, blocks] is given what was
     read; ``counts`` [units, RUNS, 3] are blocks read, keys of them, keys seen."""
@@ -202,6 +201,16 @@ def stream_kernel(
     store_rows(weight, row_base, row_offset, there, parts.col, V_DIM, BLOCK_V)
 
 
+def tiling(full: bool, width: int, queries: int) -> tuple[int, int, int, int]:
+    """``(columns, channels, warps, stages)``; ``channels`` of a product with block means are looked at at once.
+
+    fp32 rows and means must not fill the registers, and a pipeline takes some that only a few rows leave free.
+    """
+    broad = width > 128
+    columns = 16 if full else 64 if width == 64 else 32
+    return columns, 32 if width <= 32 else 16, 8 if full or broad else 4, 1 if full or broad or queries > 1 else 2
+
+
 def launches(
     call: Call, geometry: Geometry, policy: Any, out: Tensor, lse: Tensor, marks: Tensor | None, made: dict[str, Tensor]
 ) -> list[Launch]:
@@ -232,7 +241,7 @@ def launches(
     columns = max(16, step)
     made["counts"] = torch.empty((units, runs, 3), dtype=torch.int64, device=device)
     mean = rows_in_line(geometry.mean, 2)
-    full, broad = call.query.element_size() > 2, max(block_d, block_v) > 128
+    columns_read, channels, warps, stages = tiling(call.query.element_size() > 2, max(block_d, block_v), queries)
     arguments = {
         "query": view(call.query.detach()), "key": view(call.key.detach()), "value": view(call.value.detach()),
         "parts": view(parts), "part_lse": part_lse, "mean": mean, "radius": geometry.radius.contiguous(),
@@ -244,14 +253,13 @@ def launches(
         "kv_len": call.kv_len, "offset": call.offset, "lead": lead, "tiles": tiles, "blocks": blocks,
         "window": call.window or 0, "sinks": sinks, "near": near, "mean_b": mean.stride(0), "mean_h": mean.stride(1),
         "DIM": dim, "V_DIM": v_dim, "BLOCK_D": block_d, "BLOCK_V": block_v, "LANES": lanes, "PACK": pack,
-        "BLOCK_N": 16 if full else 32, "TILE": policy.query_tile, "SIZE": size, "STEP": step, "COLUMNS": columns,
+        "BLOCK_N": columns_read, "TILE": policy.query_tile, "SIZE": size, "STEP": step, "COLUMNS": columns,
         "STEPS": steps, "RUNS": runs, "HEADS": heads, "GROUP": group, "CAUSAL": bool(call.causal),
         "WINDOW": call.window is not None, "PACKED": packed, "MASKED": masked, "SINKS": sinks > 0, "NEAR": near > 0,
+        "CHANNELS": channels,
         "WIDE": wide(call, view(call.query), view(parts)),
     }  # fmt: skip
-    # a pipeline costs registers that only a few rows leave free
-    stages = 1 if full or broad or queries > 1 else 2
-    first = Launch(stream_kernel, units * runs, arguments, 8 if full or broad else 4, stages)
+    first = Launch(stream_kernel, units * runs, arguments, warps, stages)
     return [first, merge(parts, part_lse, out, lse, call.sink, runs, block_v)]
 
 
