@@ -5,11 +5,13 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "buffer.h"
 #include "level.h"
 #include "parallel.h"
 #include "plan.h"
+#include "side_by_side.h"
 
 namespace sieve {
 
@@ -24,22 +26,6 @@ bool rows_in_place(const View& v) { return v.dtype == F32 && v.stride[3] == 1 &&
 struct Packed {
   Buffer<char> keys, values;
   int64_t key_bytes = 0, value_bytes = 0;  // of one head
-};
-
-// What a thread needs for one tile.
-struct Workspace {
-  Workspace(const Attention& a, bool bf16, int64_t scratch_bytes) : scratch(scratch_bytes) {
-    const int64_t d = a.k.shape[3], dv = up(a.v.shape[3], 16);
-    q = Buffer<char>(MAX_ROWS * up(d, 32) * (bf16 ? 2 : 4));
-    o = Buffer<float>(MAX_ROWS * dv);
-  }
-  Buffer<char> q;
-  Buffer<float> o;
-  Buffer<char> scratch;
-  float m[MAX_ROWS], l[MAX_ROWS];
-  Panels list;
-  Plan::Sight sight;
-  std::vector<Row> rows;
 };
 
 void pack(const Attention& a, const Plan& plan, const Kernels& k, bool bf16, bool in_place, int64_t first_head, int64_t heads,
@@ -111,18 +97,93 @@ const char* queries_in_place(const Attention& a, int64_t b, const std::vector<Ro
   return at(a.q, b, rows[0].head, rows[0].query, 0);
 }
 
-// Units of the backward pass go over the keys side by side, some keys at a time: keys, values and both sums of a head are five
-// arrays that the caches do not hold, and would be read from memory once a unit.
-constexpr int64_t UNITS = 8;
-constexpr int32_t STEP_PANELS = 4;     // panels that the kernel takes at a time
-constexpr int32_t AT_A_TIME = 8;       // panels of a unit between two turns of another
+constexpr int64_t FORWARD_UNITS = 4, FORWARD_BYTES = int64_t{1} << 18;  // queries and sums of units stay in the second cache
+
+// Rows of one tile against its keys.
+struct ForwardUnit {
+  ForwardUnit(const Attention& a, const Kernels& k, bool bf16)
+      : a(a), k(k), bf16(bf16), wide_d(bf16 ? up(a.k.shape[3], 32) : a.k.shape[3]), wide_v(up(a.v.shape[3], 16)),
+        q(MAX_ROWS * up(a.k.shape[3], 32) * (bf16 ? 2 : 4)), o(MAX_ROWS * wide_v), softmax(SOFTMAX_BYTES), m(MAX_ROWS), l(MAX_ROWS) {}
+
+  // `shared`: what the tiles of a head have in common
+  void read(const Plan& plan, const Tile& shared, int64_t batch, int64_t t, const std::vector<Row>& of, const Panels& list) {
+    b = batch;
+    rows = of;
+    x = shared;
+    plan.look(b, t * plan.tile - plan.lead, rows, list, sight, x);
+    x.q = queries_in_place(a, b, rows, bf16, x.q_stride);
+    if (!x.q) {
+      pack_queries(a, b, rows, bf16, wide_d, q.get());
+      x.q = q.get();
+      x.q_stride = wide_d;
+    }
+    x.o = o.get();
+    x.m = m.get();
+    x.l = l.get();
+    x.softmax = softmax.get();
+    next = 0;
+  }
+
+  const Tile& tile() const { return x; }
+  void advance(int32_t stop) {
+    const int32_t last = after(x, next, stop, CHUNK_PANELS);
+    if (last == next) return;
+    if (next == 0 && last == x.panels)
+      whole();
+    else
+      k.attend_part(part_of(x, next, last), next == 0, last == x.panels);
+    next = last;
+  }
+
+  // Once all keys are done: rows of the output and their lse.
+  void finish(const Plan& plan, const View& out, float* lse) {
+    if (!x.panels) whole();
+    if (!k.all_finite(x.o, x.rows * wide_v)) {
+      // a value that is not finite must reach only the rows that attend to it
+      x.sanitize = true;
+      whole();
+    }
+    for (int32_t r = 0; r < x.rows; ++r) {
+      const auto [h, n] = rows[r];
+      const float sink = a.sink ? a.sink[h] : -std::numeric_limits<float>::infinity();
+      lse[(b * plan.q_heads + h) * plan.q_len + n] = k.finish_row(x, r, sink, at(out, b, h, n, 0), out.stride[3], out.dtype);
+    }
+  }
+
+ private:
+  void whole() { (bf16 ? k.attend_bf16 : k.attend)(x); }
+
+  const Attention& a;
+  const Kernels& k;
+  bool bf16;
+  int64_t wide_d, wide_v, b = 0;
+  Tile x{};
+  Buffer<char> q;
+  Buffer<float> o;
+  Buffer<char> softmax;
+  Buffer<float> m, l;
+  std::vector<Row> rows;
+  Plan::Sight sight;
+  int32_t next = 0;
+};
+
+// What a thread needs.
+struct Workspace {
+  Buffer<char> scratch;
+  Panels list;
+  std::vector<Row> rows;
+  std::vector<ForwardUnit> units;
+};
+
+constexpr int64_t BACKWARD_UNITS = 8;
+constexpr int32_t STEP_PANELS = 4;  // panels that the kernel of gradients takes at a time
 
 struct BackwardUnit {
-  BackwardUnit(const TileGradient& shared, int64_t wide_d, int64_t wide_v)
-      : x(shared), q(MAX_ROWS * wide_d), q_clean(MAX_ROWS * wide_d), pull(MAX_ROWS * wide_v), dq(MAX_ROWS * wide_d), lse(MAX_ROWS),
+  BackwardUnit(const Kernels& k, const TileGradient& shared, int64_t wide_d, int64_t wide_v)
+      : k(k), x(shared), q(MAX_ROWS * wide_d), q_clean(MAX_ROWS * wide_d), pull(MAX_ROWS * wide_v), dq(MAX_ROWS * wide_d), lse(MAX_ROWS),
         shift(MAX_ROWS), wide_d(wide_d), wide_v(wide_v) {}
 
-  void read(const Attention& a, const Gradients& g, const Plan& plan, const Kernels& k, int64_t b, int64_t t, const std::vector<Row>& of,
+  void read(const Attention& a, const Gradients& g, const Plan& plan, int64_t b, int64_t t, const std::vector<Row>& of,
             const Panels& list) {
     rows = of;
     plan.look(b, t * plan.tile - plan.lead, rows, list, sight, x.tile);
@@ -149,22 +210,17 @@ struct BackwardUnit {
     next = 0;
   }
 
-  // Goes on to the first panel at or behind `stop`, in whole steps of the kernel.
-  void advance(const Kernels& k, int32_t stop) {
-    const int32_t* panel = x.tile.panel;
-    const int32_t reached = static_cast<int32_t>(std::lower_bound(panel + next, panel + x.tile.panels, stop) - panel);
-    const int32_t last = std::min<int32_t>(x.tile.panels, static_cast<int32_t>(up(reached - next, STEP_PANELS)) + next);
+  const Tile& tile() const { return x.tile; }
+  void advance(int32_t stop) {
+    const int32_t last = after(x.tile, next, stop, STEP_PANELS);
     if (last == next) return;
     TileGradient some = x;
-    some.tile.panel += next;
-    some.tile.keep += next;
-    some.tile.masked += next;
-    if (some.tile.row_keep) some.tile.row_keep += int64_t{next} * x.tile.rows;
-    some.tile.panels = last - next;
+    some.tile = part_of(x.tile, next, last);
     k.gradient(some);
     next = last;
   }
 
+  const Kernels& k;
   TileGradient x;
   Buffer<float> q, q_clean, pull, dq, lse, shift;
   int64_t wide_d, wide_v;
@@ -173,23 +229,6 @@ struct BackwardUnit {
   Plan::Sight sight;
   int32_t next = 0;
 };
-
-void pass_keys(const Kernels& k, BackwardUnit* units, int64_t count) {
-  int32_t first = std::numeric_limits<int32_t>::max(), last = 0, longest = 1;
-  for (int64_t i = 0; i < count; ++i) {
-    const Tile& t = units[i].x.tile;
-    if (!t.panels) continue;
-    first = std::min(first, t.panel[0]);
-    last = std::max(last, t.panel[t.panels - 1] + 1);
-    longest = std::max(longest, t.panels);
-  }
-  // the thinner the lists, the farther a turn goes
-  const int32_t step = static_cast<int32_t>(std::max<int64_t>(AT_A_TIME, int64_t{AT_A_TIME} * (last - first) / longest));
-  for (int32_t stop = first; stop < last;) {
-    stop = std::min(last, stop + step);
-    for (int64_t i = 0; i < count; ++i) units[i].advance(k, stop);
-  }
-}
 
 }  // namespace
 
@@ -208,50 +247,48 @@ void attend(const Attention& a, const View& out, float* lse) {
   packed.keys = Buffer<char>(at_once * packed.key_bytes);
   packed.values = Buffer<char>(at_once * packed.value_bytes);
   const int64_t scratch = k.tile_scratch(static_cast<int32_t>(a.k.shape[3]), static_cast<int32_t>(a.v.shape[3]), bf16);
-  std::vector<Workspace> spaces;
-  for (int i = 0; i < std::max(a.threads, 1); ++i) spaces.emplace_back(a, bf16, scratch);
+  // (attend_bf16 takes a list whole)
+  const int64_t unit_bytes = MAX_ROWS * (wide_d + wide_v) * 4;
+  const int64_t units = bf16 ? 1 : std::clamp<int64_t>(FORWARD_BYTES / unit_bytes, 1, FORWARD_UNITS);
+  std::vector<Workspace> spaces(std::max(a.threads, 1));
+  for (Workspace& w : spaces) {
+    w.scratch = Buffer<char>(scratch);
+    for (int64_t i = 0; i < units; ++i) w.units.emplace_back(a, k, bf16);
+  }
   const int64_t choosers = plan.by_head ? plan.group : 1;
+  // tiles that one thread takes at a time: enough for its units, but no fewer turns than keep the threads busy
+  const int64_t lists = std::min(at_once, key_heads) * choosers * plan.tiles, turns = 8 * static_cast<int64_t>(spaces.size());
+  const int64_t together = std::clamp<int64_t>(std::min(units / plan.groups_of_a_tile(), lists / turns), 1, plan.tiles);
+  const int64_t runs = (plan.tiles + together - 1) / together;
 
   for (int64_t first = 0; first < key_heads; first += at_once) {
     const int64_t heads = std::min(at_once, key_heads - first);
     pack(a, plan, k, bf16, in_place, first, heads, packed);
-    parallel_for(heads * choosers * plan.tiles, a.threads, [&](int64_t item, int thread) {
+    parallel_for(heads * choosers * runs, a.threads, [&](int64_t item, int thread) {
       Workspace& w = spaces[thread];
-      const int64_t i = item / (choosers * plan.tiles), rest = item % (choosers * plan.tiles);
+      const int64_t i = item / (choosers * runs), rest = item % (choosers * runs);
       const int64_t b = (first + i) / plan.kv_heads, kv = (first + i) % plan.kv_heads;
-      const int64_t head = plan.by_head ? kv * plan.group + rest / plan.tiles : kv;
-      const int64_t t = plan.tiles - 1 - rest % plan.tiles;  // the long ones of a causal call first
-      plan.list(b, plan.by_head ? head : kv * plan.group, t, w.list);
+      const int64_t head = plan.by_head ? kv * plan.group + rest / runs : kv;
+      const int64_t stop = plan.tiles - rest % runs * together;  // the long ones of a causal call first
       Tile tile{};
       tile.k = packed.keys.get() + i * packed.key_bytes;
       tile.v = in_place ? at(a.v, b, kv, 0, 0) : packed.values.get() + i * packed.value_bytes;
       tile.v_stride = in_place ? a.v.stride[2] : wide_v;
-      tile.o = w.o.get();
-      tile.m = w.m;
-      tile.l = w.l;
       tile.scratch = w.scratch.get();
-      each_group(plan, head, t, w.rows, [&] {
-        plan.look(b, t * plan.tile - plan.lead, w.rows, w.list, w.sight, tile);
-        tile.q = queries_in_place(a, b, w.rows, bf16, tile.q_stride);
-        if (!tile.q) {
-          pack_queries(a, b, w.rows, bf16, wide_d, w.q.get());
-          tile.q = w.q.get();
-          tile.q_stride = wide_d;
-        }
-        tile.sanitize = false;
-        (bf16 ? k.attend_bf16 : k.attend)(tile);
-        if (!k.all_finite(tile.o, tile.rows * wide_v)) {
-          // a value that is not finite must reach only the rows that attend to it
-          tile.sanitize = true;
-          (bf16 ? k.attend_bf16 : k.attend)(tile);
-        }
-        for (int32_t r = 0; r < tile.rows; ++r) {
-          const Row& row = w.rows[r];
-          const float sink = a.sink ? a.sink[row.head] : -std::numeric_limits<float>::infinity();
-          lse[(b * plan.q_heads + row.head) * plan.q_len + row.query] =
-              k.finish_row(tile, r, sink, at(out, b, row.head, row.query, 0), out.stride[3], out.dtype);
-        }
-      });
+      int64_t filled = 0;
+      const auto flush = [&] {
+        pass_keys(w.units.data(), filled);
+        for (int64_t u = 0; u < filled; ++u) w.units[u].finish(plan, out, lse);
+        filled = 0;
+      };
+      for (int64_t t = std::max<int64_t>(0, stop - together); t < stop; ++t) {
+        plan.list(b, plan.by_head ? head : kv * plan.group, t, w.list);
+        each_group(plan, head, t, w.rows, [&] {
+          w.units[filled].read(plan, tile, b, t, w.rows, w.list);
+          if (++filled == units) flush();
+        });
+      }
+      flush();
     });
   }
 }
@@ -298,10 +335,10 @@ void attend_backward(const Attention& a, const Gradients& g) {
     x.dv = total.dv.get();
     x.d_bias_stride = g.d_bias.stride[3];
     std::vector<BackwardUnit> units;
-    for (int64_t i = 0; i < UNITS; ++i) units.emplace_back(x, wide_d, wide_v);
+    for (int64_t i = 0; i < BACKWARD_UNITS; ++i) units.emplace_back(k, x, wide_d, wide_v);
     int64_t filled = 0;
     const auto flush = [&] {
-      pass_keys(k, units.data(), filled);
+      pass_keys(units.data(), filled);
       for (int64_t i = 0; i < filled; ++i)
         for (size_t r = 0; r < units[i].rows.size(); ++r) {
           const auto [h, n] = units[i].rows[r];
@@ -317,8 +354,8 @@ void attend_backward(const Attention& a, const Gradients& g) {
         const int64_t head = plan.by_head ? kv * plan.group + chooser : kv;
         plan.list(b, plan.by_head ? head : kv * plan.group, t, list);
         each_group(plan, head, t, group_rows, [&] {
-          units[filled].read(a, g, plan, k, b, t, group_rows, list);
-          if (++filled == UNITS) flush();
+          units[filled].read(a, g, plan, b, t, group_rows, list);
+          if (++filled == BACKWARD_UNITS) flush();
         });
       }
     flush();

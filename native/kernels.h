@@ -9,6 +9,7 @@ namespace sieve {
 constexpr int PANEL_KEYS = 16;  // keys are packed in panels of 16, so every block size is a list of panels
 constexpr int MAX_ROWS = 64;    // query rows that one tile kernel call takes
 constexpr int CHUNK_PANELS = 8; // panels that are softmaxed together
+constexpr int SOFTMAX_BYTES = MAX_ROWS * 4 * (2 + 16);
 
 // One tile of query rows and the key panels that it reads. Rows may belong to several heads of one group.
 struct Tile {
@@ -42,6 +43,7 @@ struct Tile {
   float* o;                  // [rows up to 16][dv up to 16] unnormalised output
   float* m;                  // [rows] reference exponent, in units of 1 / (scale * log2 e)
   float* l;                  // [rows] sum of 2^(s - m)
+  void* softmax;             // SOFTMAX_BYTES that attend_part keeps from call to call, 64-byte aligned
   void* scratch;             // tile_scratch bytes, 64-byte aligned
 };
 
@@ -217,6 +219,8 @@ struct Kernels {
   void (*read_rows)(const View& x, int64_t b, int64_t h, int64_t first, int64_t last, int64_t padded, bool clean, float* out);
 
   void (*attend)(const Tile& t);
+  // the same in several calls, each on a part of the panels that is a multiple of CHUNK_PANELS but for the last; not with sanitize
+  void (*attend_part)(const Tile& t, bool begins, bool ends);
   void (*attend_bf16)(const Tile& t);
   int64_t (*tile_scratch)(int32_t d, int32_t dv, bool bf16);
   // o / l into `out` (a row of `dtype`), natural lse returned; sink: natural logit or -inf

@@ -29,6 +29,8 @@ class Plan {
   bool by_head;              // every query head chooses for itself
   std::vector<std::vector<uint16_t>> key_bits;  // [batch][key_panels], empty without a key mask
 
+  // How many groups of rows each_group makes of a whole tile.
+  int64_t groups_of_a_tile() const;
   // Queries first..last-1 of tile `t`.
   void queries(int64_t t, int64_t& first, int64_t& last) const;
   void list(int64_t b, int64_t head, int64_t t, Panels& out) const;
@@ -50,6 +52,14 @@ class Plan {
   const Attention& a_;
 };
 
+// How many heads of `n` rows each share a group.
+inline int64_t heads_together(int64_t n, int64_t heads) { return n >= MAX_ROWS ? 1 : std::min(heads, MAX_ROWS / n); }
+
+inline int64_t Plan::groups_of_a_tile() const {
+  const int64_t heads = by_head ? 1 : group, together = heads_together(tile, heads);
+  return (heads + together - 1) / together * ((tile + MAX_ROWS - 1) / MAX_ROWS);
+}
+
 // The rows of a unit in groups of at most MAX_ROWS: heads of a group side by side where they fit, long tiles cut.
 template <class Body>
 void each_group(const Plan& plan, int64_t head, int64_t t, std::vector<Row>& rows, const Body& body) {
@@ -58,7 +68,7 @@ void each_group(const Plan& plan, int64_t head, int64_t t, std::vector<Row>& row
   const int64_t heads = plan.by_head ? 1 : plan.group, first_head = plan.by_head ? head : head * plan.group;
   const int64_t n = last - first;
   if (n <= 0) return;
-  const int64_t together = n >= MAX_ROWS ? 1 : std::min(heads, MAX_ROWS / n);
+  const int64_t together = heads_together(n, heads);
   for (int64_t h = 0; h < heads; h += together)
     for (int64_t from = first; from < last; from += MAX_ROWS) {
       const int64_t some = std::min(last, from + MAX_ROWS) - from, end = std::min(heads, h + together);

@@ -2,6 +2,10 @@
 
 import os
 
+# the tests compile thousands of small computations, and each would set up XLA's newer emitters anew: three times as long.
+# `XLA_FLAGS= pytest` runs them with XLA's own settings.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+
 import torch
 
 torch.set_num_threads(1)

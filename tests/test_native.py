@@ -72,6 +72,28 @@ def test_concurrent_calls_give_identical_bits(level, dtype):
     assert all(same(expected, got) for got in found)
 
 
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("density", [1.0, 0.3, 0.02])
+def test_the_number_of_threads_changes_no_bit(level, dtype, density, monkeypatch):
+    # one thread takes several tiles of queries side by side, many threads take tile by tile
+    shape = Shape(1, 4, 2, 600, 730, 40, 24)
+    q, k, v = gaussian(3, shape, dtype)
+    v[0, 1, 77, 5] = float("nan")  # some tiles are done twice, their neighbours are not
+    options = {"heads": 4, "q_block": 16, "kv_block": 16, "density": density, "causal": True}
+    blocks = (random_blocks(5, shape, **options), random_blocks(6, shape, per_query=True, **options))
+    dense = Selection((Ranges(shape.q_len, shape.kv_len, prefix=shape.kv_len),))
+
+    def run():
+        return [x.nan_to_num(7.0) for s in (*blocks, dense) for x in attend(q, k, v, s, causal=True, backend="native")]
+
+    monkeypatch.setattr(native, "threads", lambda like: 1)
+    alone = run()
+    assert density == 1.0 or (alone[0] == 0).all(dim=-1).any() == (density < 0.1), "rows without keys are among the thin ones"
+    monkeypatch.setattr(native, "threads", lambda like: 40)
+    assert same(alone, run())
+
+
 def _on_numpy(q, k, v):
     out, _ = attend(q, k, v, Selection((Ranges(70, 130, prefix=130),)), causal=True, backend="native")
     return out, top_k_attention(q, k, v, 5, causal=True, backend="native")

@@ -57,7 +57,7 @@ float finish_row(const Tile& t, int row, float sink, void* out, int64_t stride, 
   return lse;
 }
 
-void attend(const Tile& t) {
+static void attend_chunks(const Tile& t, Softmax& x, bool begins, bool ends) {
   const int wide = (int)up(t.dv, 16);
   float* s = static_cast<float*>(t.scratch);
   float* copy = s + MAX_ROWS * S_STRIDE;
@@ -70,9 +70,8 @@ void attend(const Tile& t) {
   const int step = wide > 64 ? 64 : CHUNK;  // long rows fall on few sets of the cache: take fewer at a time
   float* gathered = marks + (int64_t)MAX_ROWS * wide;
   const bool gathers = gathering(t.rows);
-  Softmax x;
   const FlushToZero flush;
-  start(t, x, wide);
+  if (begins) start(t, x, wide);
   if (t.sanitize) memset(marks, 0, sizeof(float) * t.rows * wide);
   for (int n = 0; n < t.panels; n += CHUNK_PANELS) {
     const int count = t.panels - n < CHUNK_PANELS ? t.panels - n : CHUNK_PANELS;
@@ -112,8 +111,15 @@ void attend(const Tile& t) {
     }
     for (int j = 0; j < rows; j += step) times_rows(s + j, S_STRIDE, 1, t.rows, rows - j < step ? rows - j : step, row + j, wide, t.o, wide);
   }
-  finish(t, x, marks, wide);
+  if (ends) finish(t, x, marks, wide);
 }
+
+void attend(const Tile& t) {
+  Softmax x;
+  attend_chunks(t, x, true, true);
+}
+
+void attend_part(const Tile& t, bool begins, bool ends) { attend_chunks(t, *static_cast<Softmax*>(t.softmax), begins, ends); }
 
 }  // namespace SIEVE_LEVEL
 }  // namespace sieve

@@ -11,6 +11,7 @@ void pack_keys_bf16(const View& k, int64_t b, int64_t h, int64_t first, int64_t 
 void pack_values_bf16(const View& v, int64_t b, int64_t h, int64_t first, int64_t last, uint16_t* out);
 void read_rows(const View& x, int64_t b, int64_t h, int64_t first, int64_t last, int64_t padded, bool clean, float* out);
 void attend(const Tile& t);
+void attend_part(const Tile& t, bool begins, bool ends);
 void attend_bf16(const Tile& t);
 int64_t tile_scratch(int32_t d, int32_t dv, bool bf16);
 float finish_row(const Tile& t, int row, float sink, void* out, int64_t stride, DType dtype);

@@ -101,10 +101,10 @@ static inline void make_unsigned(const int8_t* q, int64_t n, uint8_t* out) {
 template <int Steps>
 static inline void unsigned_dots(const int8_t* codes, int64_t wide, const uint8_t* q, const int32_t* origin, int keys,
                                  float* dots) {
-  constexpr int CHAINS = 2;
+  constexpr int CHAINS = 4;  // queries are loaded once for all; their sums wait in memory meanwhile
   for (int j = 0; j < keys; j += CHAINS) {
     __m256i sum[CHAINS][PANEL_VECS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int i = 0; i < CHAINS; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < PANEL_VECS; ++v) sum[i][v] = _mm256_set1_epi32(origin[j + i]);
@@ -115,7 +115,7 @@ static inline void unsigned_dots(const int8_t* codes, int64_t wide, const uint8_
 #pragma GCC unroll 2
         for (int v = 0; v < PANEL_VECS; ++v) {
           const __m256i rows = _mm256_load_si256(reinterpret_cast<const __m256i*>(q + (c + 4 * p) * LANE_ROWS + v * LANES * 4));
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int i = 0; i < CHAINS; ++i) {
             int32_t four;
             memcpy(&four, codes + (j + i) * wide + c + 4 * p, 4);
@@ -124,13 +124,13 @@ static inline void unsigned_dots(const int8_t* codes, int64_t wide, const uint8_
             asm("" : "+x"(part[i][v]));  // added one after the other: as a tree they would not fit the registers
           }
         }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int i = 0; i < CHAINS; ++i)
 #pragma GCC unroll 2
         for (int v = 0; v < PANEL_VECS; ++v)
           sum[i][v] = _mm256_add_epi32(sum[i][v], _mm256_madd_epi16(part[i][v], _mm256_set1_epi16(1)));
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int i = 0; i < CHAINS; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < PANEL_VECS; ++v)

@@ -15,6 +15,7 @@ struct Softmax {
   float limit[MAX_ROWS];  // a logit above this raises the reference
   float sums[MAX_ROWS][LANES];
 };
+static_assert(sizeof(Softmax) <= SOFTMAX_BYTES);
 
 static inline bool any_above(vf x, float limit) {
 #if defined(__AVX512F__)

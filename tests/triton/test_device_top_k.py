@@ -76,7 +76,12 @@ BIAS = draw(9, 1, 4, 30, 90).float()
 BIAS[..., ::7] = -torch.inf
 
 
-@pytest.mark.parametrize("options", [*(o for s, o in CASES.values() if s is SMALL), {"bias": BIAS, "softcap": 3.0}], ids=str)
+GRADIENTS = {name: options for name, (shape, options) in CASES.items() if shape is SMALL} | {
+    "a bias": {"bias": BIAS, "softcap": 3.0}
+}
+
+
+@pytest.mark.parametrize("options", GRADIENTS.values(), ids=GRADIENTS)
 def test_lists_and_their_gradients(options):
     """Lists as a user may give them: keys that are not seen, -1 anywhere, one key twice."""
     q, k, v = (x.requires_grad_() for x in gaussian(4, SMALL))
