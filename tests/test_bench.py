@@ -386,6 +386,13 @@ def test_markdown_and_listing(tmp_path):
     assert "1M typical" in sieve("bench", "--list", "--long").stdout
 
 
+def test_a_title_names_what_all_rows_share_and_nothing_where_they_share_nothing():
+    machine = {"cpu": "any", "torch": "2", "date": "today", "commit": "0", "command": "sieve bench"}
+    other = replace(ROW, dtype="bfloat16", n=64, m=64, head_dim=128, block=64, threads=2)
+    assert "**prefill: attend over given blocks, causal**\n" in table.markdown(machine, [ROW, other])
+    assert "**prefill: attend over given blocks, causal** (dtype float32, N 128," in table.markdown(machine, [ROW])
+
+
 def test_a_ratio_that_fell_is_a_regression(tmp_path):
     path = tmp_path / "old.json"
     results.write_json(path, results.document(SMALL, {}, [ROW]))

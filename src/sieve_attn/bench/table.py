@@ -89,13 +89,14 @@ def machine_line(machine: dict[str, Any]) -> str:
     return f"{model}, torch {machine['torch']}, {machine['date'][:10]}, commit {machine['commit']}"
 
 
-def grid(rows: Sequence[Row]) -> tuple[str, list[str], list[list[str]], list[str]]:
-    """``(what all rows share, heads, cells, notes)`` of the rows of one group; columns that say one thing go into the title."""
+def grid(rows: Sequence[Row]) -> tuple[tuple[str, str], list[str], list[list[str]], list[str]]:
+    """``((title, what all rows share), heads, cells, notes)`` of one group; columns that say one thing go into the title."""
     group = rows[0].group
     common = [name for name in COMMON if name != "m" or any(row.m != row.n for row in rows)]
     shared = {name: {getattr(row, name) for row in rows} for name in common}
     same = [name for name, values in shared.items() if len(values) == 1 and None not in values]
-    title = ", ".join(f"{HEADS.get(name, name)} {figure(name, getattr(rows[0], name))}" for name in same)
+    shares = ", ".join(f"{HEADS.get(name, name)} {figure(name, getattr(rows[0], name))}" for name in same)
+    title = TITLES[group], f" ({shares})" if shares else ""
     keys = [name for name in common if name not in same]
     figures = [name for name in FIGURES[group] if any(getattr(row, name) is not None for row in rows)]
     notes: list[str] = []
@@ -115,8 +116,8 @@ def grid(rows: Sequence[Row]) -> tuple[str, list[str], list[list[str]], list[str
 
 
 def print_group(console: Console, rows: Sequence[Row]) -> None:
-    title, heads, cells, notes = grid(rows)
-    console.print(f"{TITLES[rows[0].group]} ({escape(title)})", style="bold", highlight=False)
+    (title, shares), heads, cells, notes = grid(rows)
+    console.print(title + escape(shares), style="bold", highlight=False)
     table = Table(box=None, pad_edge=False)
     for place, head in enumerate(heads):
         table.add_column(head, justify="left" if place == 0 else "right", no_wrap=place == 0)
@@ -151,8 +152,8 @@ def markdown(machine: dict[str, Any], rows: Sequence[Row]) -> str:
     """Tables for a README, under one line about the machine."""
     lines = [f"{machine_line(machine)}: `{machine['command']}`. {summary(rows)}.", ""]
     for part in by_group(rows):
-        title, heads, cells, notes = grid(part)
-        lines += [f"**{TITLES[part[0].group]}** ({title})", "", _line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
+        (title, shares), heads, cells, notes = grid(part)
+        lines += [f"**{title}**{shares}", "", _line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
         lines += [
             _line([text.replace("missed", "**missed**").replace("FAILED", "**FAILED**") for text in cell]) for cell in cells
         ]
