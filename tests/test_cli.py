@@ -6,11 +6,10 @@ import sys
 
 import pytest
 import torch
+from command_line import sieve
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
 
 from sieve_attn import __version__, dispatch
-from sieve_attn.cli import app
 from sieve_attn.cli.options import LEAST_DEMO_BYTES, demo_prompt
 from sieve_attn.evaluation.tasks import HELD_OUT
 
@@ -37,10 +36,6 @@ def folder(tmp_path_factory):
     LlamaForCausalLM(config).save_pretrained(path)
     ByT5Tokenizer().save_pretrained(path)
     return str(path)
-
-
-def sieve(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
 
 
 def test_generate_prints_the_text_alone_on_stdout_and_the_rest_on_stderr(folder):
