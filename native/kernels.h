@@ -150,13 +150,13 @@ struct Lanes {
 // Estimates of blocks from their keys: log2 sum 2^(factor * step_j * (row_j . q)), capped where asked.
 struct KeyScore {
   Lanes lanes;
-  const int8_t* codes;     // [kv_len up to 16][wide] twice the level (less one where bits are 8), or null: keys themselves
+  const int8_t* codes;     // [kv_len up to 32, and 32 more][wide] twice the level (less one where bits are 8), or null: keys themselves
   int32_t bits;
   const View* key;         // read where codes is null
   int64_t b, h;
   const float* step;       // [kv_len up to 16] scale of each key; null: 1
   const float* shift;      // [kv_len up to 16] -1.5 * 2^23 * step
-  const int32_t* origin;   // [kv_len up to 32] bits of 1.5 * 2^23 less 128 times the sum of a key's codes
+  const int32_t* origin;   // [the same number] bits of 1.5 * 2^23 less 128 times the sum of a key's codes
   int32_t d, wide;         // wide: d up to a multiple of 64
   const int8_t* q_codes;   // [wide / 4][16][4], or null where queries are not rounded
   const float* q;          // [wide][16]
