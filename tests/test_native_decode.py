@@ -20,6 +20,8 @@ SHAPES = {
     "five queries, odd channels": Shape(2, 3, 1, 5, 333, 48, 40),
     "sixteen queries, wide group": Shape(1, 16, 2, 16, 530, 128, 96),
     "values wider than keys": Shape(1, 4, 2, 3, 515, 32, 256),
+    "seven rows, channels behind whole vectors": Shape(1, 7, 1, 1, 300, 72, 112),
+    "six rows, channels behind pairs of vectors": Shape(1, 6, 2, 2, 300, 80, 112),
 }
 OPTIONS = {
     "whole": lambda s: {},

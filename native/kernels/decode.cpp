@@ -53,8 +53,7 @@ static inline Panel16 panel_of(const Lines& x, int64_t panel, int there, bool wh
 static inline void fetch(const Lines& x, int64_t panel, int there) {
   const char* at = line(x, panel * PANEL);
   const int64_t bytes = x.width * dtype_bytes(x.dtype);
-  for (int i = 0; i < there; ++i)
-    for (int64_t c = 0; c < bytes; c += 64) __builtin_prefetch(at + i * x.stride + c, 0, 2);
+  for (int i = 0; i < there; ++i) ask(at + i * x.stride, bytes);
 }
 
 static inline int keys_there(const Tile& t, int64_t panel) {
@@ -71,28 +70,42 @@ static inline void fetch_next(const Tile& t, const Lines& x, int n) {
   fetch(x, panel, (int)there);
 }
 
-// The rows of DIRECT_PANELS panels from the n-th, then `none`; returns how many there are.
-static inline int rows_of(const Tile& t, const Lines& x, int n, const char* none, const char** row) {
+// The rows of DIRECT_PANELS panels from the n-th; returns how many there are.
+static inline int rows_of(const Tile& t, const Lines& x, int n, const char** row) {
   int rows = 0;
   for (int p = n; p < t.panels && p < n + DIRECT_PANELS; ++p) {
     const int64_t base = (int64_t)t.panel[p] * PANEL;
-    for (int i = 0; i < keys_there(t, t.panel[p]); ++i) row[rows++] = line(x, base + i);
+    const int there = keys_there(t, t.panel[p]);
+    if (!x.table)
+      for (int i = 0; i < there; ++i) row[rows++] = x.data + (base + i) * x.stride;
+    else
+      for (int i = 0; i < there; ++i) row[rows++] = line(x, base + i);
   }
-  for (int i = rows; i < DIRECT_PANELS * PANEL; ++i) row[i] = none;
   return rows;
 }
 
-// A few rows go over keys and values as they lie.
+// Asks for a line of the n-th panel, so that its page has an address once the others are asked for.
+static inline void touch(const Tile& t, const Lines& x, int n) {
+  if (n < t.panels) __builtin_prefetch(line(x, (int64_t)t.panel[n] * PANEL), 0, 2);
+}
+
+// A few rows go over keys and values as they lie. Keys ask for the values of the same step, values for the keys of the next one.
 template <DType T>
 static void attend_direct(const LineTile& job) {
   const Tile& t = job.tile;
   const FlushToZero flush;
   const int wide = (int)up(t.dv, 16);
+  const int64_t k_bytes = t.d * dtype_bytes(T), v_bytes = t.dv * dtype_bytes(T);
   Scratch scratch{static_cast<char*>(t.scratch)};
   float* s = scratch.take<float>(MAX_ROWS * S_STRIDE);
   char* copy = scratch.take<char>(PANEL * up(t.d > wide ? t.d : wide, 16) * 4);
   const float* q = static_cast<const float*>(t.q);
   const char* none = static_cast<const char*>(t.q);
+  if constexpr (T == BF16) {
+    float* apart = scratch.take<float>((int64_t)DIRECT_ROWS * t.d);
+    for (int r = 0; r < t.rows; ++r) part_channels(q + (int64_t)r * t.d, t.d, apart + (int64_t)r * t.d);
+    q = apart;
+  }
   const float unit = exponent_unit(t);
   const bool shaped = transformed(t);
   float* values = t.sanitize ? scratch.take<float>((int64_t)CHUNK * wide) : nullptr;
@@ -103,14 +116,17 @@ static void attend_direct(const LineTile& job) {
   for (int n = 0; n < t.panels; n += DIRECT_PANELS) {
     const int count = t.panels - n < DIRECT_PANELS ? t.panels - n : DIRECT_PANELS;
     const char *row[DIRECT_PANELS * PANEL], *next[DIRECT_PANELS * PANEL];
-    const int rows = rows_of(t, job.v, n, none, row);
+    const int rows = rows_of(t, job.v, n, row);
+    for (int i = rows; i < count * PANEL; ++i) row[i] = none;
     bool touched = shaped;
     for (int p = 0; p < count; ++p) {
       const int64_t number = t.panel[n + p];
       const int there = keys_there(t, number);
       touched |= t.masked[n + p] != 0;
+      touch(t, job.v, n + p + DIRECT_PANELS);
+      touch(t, job.k, n + p + 2 * DIRECT_PANELS);
       const Panel16 k = panel_of(job.k, number, there, false, copy);
-      dot_panel<T>(q, t.rows, t.d, k.data, k.stride, there, s + p * PANEL, row + p * PANEL, t.dv * dtype_bytes(T));
+      dot_panel<T>(q, t.rows, t.d, k.data, k.stride, there, s + p * PANEL, row + p * PANEL, v_bytes);
     }
     if (touched)
       for (int r = 0; r < t.rows; ++r) shape_logits(t, n, count, r, s + r * S_STRIDE, nullptr);
@@ -122,12 +138,17 @@ static void attend_direct(const LineTile& job) {
         row[j] = reinterpret_cast<const char*>(to);
       }
     for (int r = 0; r < t.rows; ++r) soften(t, sums, r, s + r * S_STRIDE, count * PANEL, unit, wide);
-    rows_of(t, job.k, n + DIRECT_PANELS, none, next);
+    const Ahead ahead{next, next + rows_of(t, job.k, n + DIRECT_PANELS, next), k_bytes, 1};
     if (t.sanitize)
-      add_values<F32>(s, t.rows, rows, row, t.dv, t.o, wide, next);
+      add_values<F32>(s, t.rows, rows, row, t.dv, t.o, wide, ahead);
     else
-      add_values<T>(s, t.rows, rows, row, t.dv, t.o, wide, next);
+      add_values<T>(s, t.rows, rows, row, t.dv, t.o, wide, ahead);
   }
+  if (T == BF16 && !t.sanitize)
+    for (int r = 0; r < t.rows; ++r) {
+      memcpy(s, t.o + (int64_t)r * wide, t.dv * sizeof(float));
+      join_channels(s, t.dv, t.o + (int64_t)r * wide);
+    }
   finish(t, sums, marks, wide);
 }
 

@@ -7,8 +7,40 @@ namespace SIEVE_LEVEL {
 
 constexpr int DIRECT_ROWS = 8;  // more rows are worth packing keys for
 
-// Rows that are read next are asked for line by line while others are multiplied: blocks that were chosen lie anywhere, so
-// hardware does not foresee them, and asking for many at once would hold up what is computed.
+// Rows that are read next are asked for while others are multiplied, one row at a time and in the order in which they will be
+// read: blocks that were chosen lie anywhere, so hardware does not foresee them, asking for many at once would hold up what is
+// computed, and memory answers lines that are asked for out of their order a quarter more slowly.
+
+static inline void ask(const char* row, int64_t bytes) {
+  for (int64_t c = 0; c < bytes; c += 64) __builtin_prefetch(row + c, 0, 2);
+}
+
+// Channels column..column + 2 LANES - 1 as two vectors. Those of bf16 come as even and odd ones: a shift and a mask, no shuffle.
+template <DType T>
+static inline void load_two(const char* p, int64_t column, vf* x) {
+  if constexpr (T == BF16) {
+    const vi both = *reinterpret_cast<const vi_any*>(p + column * 2);
+    x[0] = (vf)(both << 16);
+    x[1] = (vf)(both & splat_int((int32_t)0xffff0000));
+  } else {
+    x[0] = load_as_float(p, column, T);
+    x[1] = load_as_float(p, column + LANES, T);
+  }
+}
+
+// Where channel c of n lies after `load_two` of bf16; channels behind the last two whole vectors stay where they are.
+static inline int parted(int c, int n) {
+  const int at = c % (2 * LANES), whole = c - at;
+  return whole + 2 * LANES <= n ? whole + at / 2 + at % 2 * LANES : c;
+}
+
+static inline void part_channels(const float* from, int n, float* to) {
+  for (int c = 0; c < n; ++c) to[parted(c, n)] = from[c];
+}
+
+static inline void join_channels(const float* from, int n, float* to) {
+  for (int c = 0; c < n; ++c) to[c] = from[parted(c, n)];
+}
 
 // The sums of the lanes of LANES vectors, in their order.
 static inline vf lane_sums(const vf* v) {
@@ -38,7 +70,8 @@ static inline vf lane_sums(const vf* v) {
 #endif
 }
 
-// s [R][16] = q [R][d] times the keys of a panel; what stands behind the last key is any number. Key i asks for next[i].
+// s [R][16] = q [R][d] times the keys of a panel; what stands behind the last key is any number. Key i asks for next[i]. Queries
+// of bf16 keys have their channels parted.
 template <DType T, int R>
 static inline void dot_keys(const float* q, int d, const char* data, int64_t stride, int there, float* s, const char* const* next, int64_t next_bytes) {
   constexpr int K = LANES / R;  // keys whose sums fill a vector
@@ -47,23 +80,29 @@ static inline void dot_keys(const float* q, int d, const char* data, int64_t str
     const char* at[K];
     for (int i = 0; i < K; ++i) at[i] = data + (key + i < there ? key + i : 0) * stride;
     if (next)
-      for (int i = 0; i < K; ++i)
-        for (int64_t c = 0; c < next_bytes; c += 64) __builtin_prefetch(next[key + i] + c, 0, 2);
+      for (int i = 0; i < K; ++i) ask(next[key + i], next_bytes);
     vf total[LANES];
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) total[i] = vf{};
+    int c = 0;
 #pragma GCC unroll 1
-    for (int c = 0; c < d; c += LANES) {
-      vf x[R];
+    for (; c + 2 * LANES <= d; c += 2 * LANES)
+#pragma GCC unroll 16
+      for (int i = 0; i < K; ++i) {
+        vf y[2];
+        load_two<T>(at[i], c, y);
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h)
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) x[r] = load(q + (int64_t)r * d + c);
+          for (int r = 0; r < R; ++r) total[r * K + i] += load(q + (int64_t)r * d + c + h * LANES) * y[h];
+      }
+    if (c < d)
 #pragma GCC unroll 16
       for (int i = 0; i < K; ++i) {
         const vf y = load_as_float(at[i], c, T);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) total[r * K + i] += x[r] * y;
+        for (int r = 0; r < R; ++r) total[r * K + i] += load(q + (int64_t)r * d + c) * y;
       }
-    }
     alignas(64) float sums[LANES];
     store(sums, lane_sums(total));
     for (int r = 0; r < R; ++r) memcpy(s + (int64_t)r * S_STRIDE + key, sums + r * K, K * sizeof(float));
@@ -81,28 +120,39 @@ static inline void dot_panel(const float* q, int rows, int d, const char* data, 
   if (r < rows) dot_keys<T, 1>(q + (int64_t)r * d, d, data, stride, there, s + r * S_STRIDE, next, next_bytes);
 }
 
-// o [R][..] += weights [R][n] times n rows of numbers, C vectors of columns from `column`. Row j asks for the same share of next[j].
+// Rows next..end-1 that a product asks for on its way over n rows, one for every `step` of them.
+struct Ahead {
+  const char* const* next;
+  const char* const* end;
+  int64_t bytes;
+  int step;
+};
+
+// o [R][..] += weights [R][n] times n rows of numbers, C vectors of columns from `column`
 template <DType T, int R, int C>
-static inline void add_columns(const float* weight, int n, const char* const* row, int column, float* o, int wide, const char* const* next) {
-  constexpr int SIZE = T == F32 ? 4 : 2;
+static inline void add_columns(const float* weight, int n, const char* const* row, int column, float* o, int wide, Ahead& ahead) {
   vf total[R][C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) total[r][c] = load(o + r * wide + column + c * LANES);
+  for (int first = 0; first < n; first += ahead.step) {
+    const int last = first + ahead.step < n ? first + ahead.step : n;
+    if (ahead.next < ahead.end) ask(*ahead.next++, ahead.bytes);
 #pragma GCC unroll 1
-  for (int j = 0; j < n; ++j) {
-    vf x[C];
+    for (int j = first; j < last; ++j) {
+      vf x[C];
+      if constexpr (C == 1)
+        x[0] = load_as_float(row[j], column, T);
+      else
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) x[c] = load_as_float(row[j], column + c * LANES, T);
-    if (next)
+        for (int c = 0; c < C; c += 2) load_two<T>(row[j], column + c * LANES, x + c);
 #pragma GCC unroll 4
-      for (int c = 0; c < C * LANES * SIZE; c += 64) __builtin_prefetch(next[j] + column * SIZE + c, 0, 2);
+      for (int r = 0; r < R; ++r) {
+        const vf w = splat(weight[r * S_STRIDE + j]);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const vf w = splat(weight[r * S_STRIDE + j]);
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) total[r][c] += w * x[c];
+        for (int c = 0; c < C; ++c) total[r][c] += w * x[c];
+      }
     }
   }
 #pragma GCC unroll 4
@@ -112,19 +162,22 @@ static inline void add_columns(const float* weight, int n, const char* const* ro
 }
 
 template <DType T, int R>
-static inline void add_row_group(const float* weight, int n, const char* const* row, int dv, float* o, int wide, const char* const* next) {
+static inline void add_row_group(const float* weight, int n, const char* const* row, int dv, float* o, int wide, Ahead& ahead) {
   constexpr int C = LANES == 16 ? 4 : 2;
+  ahead.step = dv / (C * LANES) + dv % (C * LANES) / (2 * LANES) + dv % (2 * LANES) / LANES;  // as many as the rounds below
   int column = 0;
-  for (; column + C * LANES <= dv; column += C * LANES) add_columns<T, R, C>(weight, n, row, column, o, wide, next);
-  for (; column < dv; column += LANES) add_columns<T, R, 1>(weight, n, row, column, o, wide, next);
+  for (; column + C * LANES <= dv; column += C * LANES) add_columns<T, R, C>(weight, n, row, column, o, wide, ahead);
+  for (; column + 2 * LANES <= dv; column += 2 * LANES) add_columns<T, R, 2>(weight, n, row, column, o, wide, ahead);
+  for (; column < dv; column += LANES) add_columns<T, R, 1>(weight, n, row, column, o, wide, ahead);
 }
 
+// o [rows][wide] += weights [rows][n] times n rows, which ask for those of `ahead`; columns of bf16 rows come out parted.
 template <DType T>
-static inline void add_values(const float* weight, int rows, int n, const char* const* row, int dv, float* o, int wide, const char* const* next) {
+static inline void add_values(const float* weight, int rows, int n, const char* const* row, int dv, float* o, int wide, Ahead ahead) {
   int r = 0;
-  for (; r + 4 <= rows; r += 4, next = nullptr) add_row_group<T, 4>(weight + r * S_STRIDE, n, row, dv, o + r * wide, wide, next);
-  for (; r + 2 <= rows; r += 2, next = nullptr) add_row_group<T, 2>(weight + r * S_STRIDE, n, row, dv, o + r * wide, wide, next);
-  if (r < rows) add_row_group<T, 1>(weight + r * S_STRIDE, n, row, dv, o + r * wide, wide, next);
+  for (; r + 4 <= rows; r += 4) add_row_group<T, 4>(weight + r * S_STRIDE, n, row, dv, o + r * wide, wide, ahead);
+  for (; r + 2 <= rows; r += 2) add_row_group<T, 2>(weight + r * S_STRIDE, n, row, dv, o + r * wide, wide, ahead);
+  if (r < rows) add_row_group<T, 1>(weight + r * S_STRIDE, n, row, dv, o + r * wide, wide, ahead);
 }
 
 }  // namespace SIEVE_LEVEL
