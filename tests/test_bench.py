@@ -254,6 +254,31 @@ def test_short_calls_are_repeated_until_a_median_has_time_behind_it():
     assert len(found["short"]) == timing.MOST_SAMPLES
 
 
+def test_turns_go_on_while_they_do_not_agree_about_a_target():
+    row = replace(
+        ROW, targets=(Target("ratio_sdpa", 1.5), Target("bandwidth_share", 0.7), Target("gate_percent", 10.0, most=True))
+    )
+    plain, over, under = {"ours": [1.0] * 4}, [1.6, 1.6, 1.6, 1.4], [1.4, 1.4, 1.6, 1.4]
+    assert driver.agreed(row, plain | {"sdpa": over}) is driver.agreed(row, plain | {"sdpa": under}) is True
+    assert driver.agreed(row, plain | {"sdpa": [1.6, 1.6, 1.4, 1.4]}) is False
+    assert driver.agreed(row, plain | {"sdpa": over, "gate": [0.1, 0.2, 0.1, 0.2]}) is False
+    assert driver.agreed(replace(row, floor_ms=0.7), {"ours": [0.9e-3, 1.1e-3]}) is False
+    assert driver.agreed(ROW, {"ours": [1.0, 9.0]}) is True
+
+    def turns(settled):
+        return len(timing.interleave({"one": lambda: None}, 2, least_seconds=0.0, settled=settled)["one"])
+
+    assert turns(lambda found: len(found["one"]) >= 5) == 5
+    assert turns(lambda found: False) == 2 * timing.PATIENCE
+    assert turns(lambda found: True) == 2
+
+
+def test_turns_that_do_not_agree_end_with_the_time(monkeypatch):
+    monkeypatch.setattr(timing, "MOST_SECONDS", 0.0)
+    found = timing.interleave({"one": lambda: None}, 3, least_seconds=0.0, settled=lambda found: False)
+    assert len(found["one"]) == 3
+
+
 def test_bandwidth_is_bytes_over_time():
     speed, how = timing.read_bandwidth(1 << 24, repeats=2)
     assert 0.1 < speed < 2000

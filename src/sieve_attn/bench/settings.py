@@ -22,7 +22,8 @@ class Settings:
     """One run. ``None`` leaves a choice to the group: its own lengths, dtypes and head dimensions.
 
     ``n``: queries and keys of ``prefill``, ``backward``, ``topk`` and of the shares of ``gate``, whose other rows stop at that
-    length. ``keys``: the cache of ``decode``. ``repeats``: at least so many samples a median. ``long`` adds the rows that take
+    length. ``keys``: the cache of ``decode``. ``repeats``: at least so many samples a median,
+    up to five times as many where they do not agree about a target. ``long`` adds the rows that take
     minutes and gigabytes; ``quick`` is small sizes, one thread and few repeats, where these are not given. ``device``: where
     everything runs; ``cuda`` has cases and targets of its own.
     """

@@ -22,6 +22,7 @@ PEAK_BY = (
 LONG = 2.0  # seconds: what takes longer does not live by its caches
 LEAST_SECONDS, MOST_SAMPLES = 0.2, 101  # short calls are repeated until a median has so much time behind it
 MOST_SECONDS, FEWEST_SAMPLES = 120.0, 3  # and long ones are repeated less
+PATIENCE = 5  # times as many turns at most where turns do not agree
 
 
 @contextmanager
@@ -42,9 +43,11 @@ def interleave(
     least_seconds: float = LEAST_SECONDS,
     *,
     clock: Callable[[Callable[[], Any]], tuple[Any, float]] | None = None,
+    settled: Callable[[dict[str, list[float]]], bool] = lambda found: True,
 ) -> dict[str, list[float]]:
     """Seconds by name: all calls in turn, each turn beginning with another one; ``repeats`` turns, more until short calls fill
-    ``least_seconds``, and fewer (not below 3) where they would take more than two minutes.
+    ``least_seconds``, and fewer (not below 3) where they would take more than two minutes. While what was found is not
+    ``settled``, there are up to ``PATIENCE`` times as many, as long as two minutes last.
 
     Each clocked call follows one of its own that is not, so that caches hold what this call left and not what another one did
     (calls longer than ``LONG`` are not repeated). The calls must have run before. ``parts(name, result)`` may add seconds that a
@@ -53,9 +56,14 @@ def interleave(
     clock = on_host if clock is None else clock
     found: dict[str, list[float]] = {name: [] for name in calls}
     names, turn, turns, collecting = list(calls), 0, repeats, gc.isenabled()
+    begun = time.perf_counter()
+
+    def unsettled() -> bool:
+        return turn < PATIENCE * turns and time.perf_counter() - begun < MOST_SECONDS and not settled(found)
+
     gc.disable()
     try:
-        while turn < turns:
+        while turn < turns or unsettled():
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 if not found[name] or found[name][-1] < LONG:
                     calls[name]()
