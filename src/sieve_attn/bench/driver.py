@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -36,15 +37,20 @@ def run(settings: Settings, tell: Callable[[str, float], None] = lambda stage, d
         one = torch.zeros(1, 1, 1, dim, dtype=getattr(torch, dtype), device=settings.device)
         which_backend(one, one, one, settings.backend)
     single: dict[tuple, Row] = {}
-    for place, case in enumerate(wanted):
-        same = [i for i, c in enumerate(wanted) if c.group == case.group]
-        tell(case.group, (place - same[0]) / len(same))
-        with timing.threads(case.threads):
-            row = measure(case, settings)
-        if case.threads == 1:
-            single[row.identity[:-1]] = row
-        yield scaled(row, single.get(row.identity[:-1]))
-        tell(case.group, (place + 1 - same[0]) / len(same))
+    gc.collect()
+    gc.freeze()  # the collector, which runs before every row, does not look through all that was there before
+    try:
+        for place, case in enumerate(wanted):
+            same = [i for i, c in enumerate(wanted) if c.group == case.group]
+            tell(case.group, (place - same[0]) / len(same))
+            with timing.threads(case.threads):
+                row = measure(case, settings)
+            if case.threads == 1:
+                single[row.identity[:-1]] = row
+            yield scaled(row, single.get(row.identity[:-1]))
+            tell(case.group, (place + 1 - same[0]) / len(same))
+    finally:
+        gc.unfreeze()
 
 
 def measure(case: Case, settings: Settings) -> Row:
