@@ -6,11 +6,13 @@
 
 namespace sieve {
 
-// Gradients of the keys and values of one KV head, fp32 rows whose width is a multiple of 16.
+// Gradients of the keys and values of one KV head, fp32 rows whose width is a multiple of 16: in memory of their own, or, for the
+// first part, where the result will lie if it lies so.
 struct KeySums {
-  Buffer<float> dk, dv;
+  float *dk = nullptr, *dv = nullptr;
+  Buffer<float> own_dk, own_dv;
 
-  void start(const OffsetAttention& a);  // zeros
+  void start(const OffsetAttention& a, const OffsetGradients& g, int64_t item, int64_t parts);  // zeros
 };
 
 // Every KV head is worked on in so many parts with sums of their own, added up in order. Shapes alone decide, so that gradients

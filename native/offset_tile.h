@@ -22,6 +22,7 @@ struct OffsetTile {
   float* o;                // [rows][dv] unnormalised output, m and l go on from what they hold
   float* m;                // [rows] reference exponent (base 2), -inf before the first key
   float* l;                // [rows] sum of 2^(s - m)
+  float* s;                // [rows][OFFSET_CHUNK] scratch of `attend_offsets`
 };
 
 // Gradients over at most OFFSET_CHUNK numbers; P is computed again from lse. Sums are added to what is there.

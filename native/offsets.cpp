@@ -19,8 +19,8 @@ constexpr int64_t TILE = 512;                        // query rows that slide ov
 constexpr int64_t COPIED_BYTES = int64_t{1} << 27;   // heads whose copies are held at a time
 
 struct Space {
-  Space(int64_t rows, int64_t d, int64_t dv) : q(rows * d), o(rows * dv), m(rows), l(rows) {}
-  Buffer<float> q, o, m, l;
+  Space(int64_t rows, int64_t d, int64_t dv) : q(rows * d), o(rows * dv), m(rows), l(rows), s(rows * OFFSET_CHUNK) {}
+  Buffer<float> q, o, m, l, s;
 };
 
 void clear(Space& s, int64_t rows, int64_t dv) {
@@ -54,7 +54,7 @@ void attend_few(const OffsetAttention& a, const View& out, float* lse) {
         read_queries(a.q, b, h, i, 1, 1, a.scale * OFFSET_LOG2E, d, false, s.q.get());
         clear(s, 1, dv);
         OffsetTile t{1, int32_t(d), int32_t(dv), s.q.get(), list.data(), int32_t(n), n, 0, keys.get(), values.get(), 0, 0, d, dv,
-                     s.o.get(), s.m.get(), s.l.get()};
+                     s.o.get(), s.m.get(), s.l.get(), s.s.get()};
         kernel.attend_offsets(t);
         lse[flat_row(a, b, h, i)] = finish_offset_row(s.o.get(), s.m[0], s.l[0], a.v.shape[3], dv, at(out, b, h, i, 0),
                                                       out.stride[3], out.dtype);
@@ -125,7 +125,7 @@ void attend_offsets(const OffsetAttention& a, const View& out, float* lse) {
       clear(s, rows, dv);
       const Rows32 &k = keys[i], &v = values[i];
       OffsetTile t{int32_t(rows), int32_t(d), int32_t(dv), s.q.get(), front.data(), int32_t(a.prefix), p, 1, k.data, v.data, 0, 0,
-                   k.stride, v.stride, s.o.get(), s.m.get(), s.l.get()};
+                   k.stride, v.stride, s.o.get(), s.m.get(), s.l.get(), s.s.get()};
       if (a.prefix) kernel.attend_offsets(t);
       t.list = a.offsets;
       t.count = static_cast<int32_t>(std::upper_bound(a.offsets, a.offsets + a.count, p + rows - 1 - a.prefix) - a.offsets);

@@ -20,9 +20,9 @@ constexpr int64_t HELD_BYTES = int64_t{1} << 28;  // packed heads that are held 
 
 struct Room {
   Room(int64_t d, int64_t wide_q, int64_t dv, int64_t scratch_bytes)
-      : packed(MAX_ROWS * wide_q), q(MAX_ROWS * d), o(MAX_ROWS * dv), scratch(scratch_bytes) {}
+      : packed(MAX_ROWS * wide_q), q(MAX_ROWS * d), o(MAX_ROWS * dv), s(MAX_ROWS * OFFSET_CHUNK), scratch(scratch_bytes) {}
   Buffer<char> packed;
-  Buffer<float> q, o;
+  Buffer<float> q, o, s;
   Buffer<char> scratch;
   float m[MAX_ROWS], l[MAX_ROWS];
   PanelList list;
@@ -134,7 +134,7 @@ void attend_wheel(const OffsetAttention& a, const Wheel& wheel, const View& out,
       read_queries(a.q, b, h, p - offset, m, rows, a.scale * OFFSET_LOG2E, d, false, w.q.get());
       const Rows32 &k = key_rows[i], &v = value_rows[i];
       OffsetTile s{int32_t(rows), int32_t(d), int32_t(dv), w.q.get(), front.data(), int32_t(a.prefix), p, m, k.data, v.data, 0, 0,
-                   k.stride, v.stride, w.o.get(), w.m, w.l};
+                   k.stride, v.stride, w.o.get(), w.m, w.l, w.s.get()};
       if (a.prefix) kernel.attend_offsets(s);
       s.list = cut.rest.data();
       s.count = static_cast<int32_t>(cut.rest.size());

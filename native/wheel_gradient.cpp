@@ -109,8 +109,8 @@ void tile_gradients(const OffsetAttention& a, const OffsetGradients& g, const Wh
         kernel.write_row(dq_rows.get() + r * d, a.q.shape[3], at(g.dq, b, h, first + r * m, 0), g.dq.stride[3], g.dq.dtype);
     }
   }
-  add_groups(cut, dk_sum.get(), d, total.dk.get());
-  add_groups(cut, dv_sum.get(), dv, total.dv.get());
+  add_groups(cut, dk_sum.get(), d, total.dk);
+  add_groups(cut, dv_sum.get(), dv, total.dv);
 }
 
 }  // namespace
@@ -125,7 +125,7 @@ void attend_wheel_backward(const OffsetAttention& a, const Wheel& wheel, const O
   const int64_t items = static_cast<int64_t>(sums.size());
   Buffer<float> dq(a.q.shape[0] * a.q.shape[1] * a.q.shape[2] * up(a.k.shape[3], 16));
   parallel_for(items, a.threads, [&](int64_t item, int) {
-    sums[item].start(a);
+    sums[item].start(a, g, item, parts);
     diagonal_gradients(others, g, item / parts / kv_heads, item / parts % kv_heads, item % parts, parts, sums[item], dq.get());
   });
   // a tile's rows are spread over all parts of the diagonals, which are done by now

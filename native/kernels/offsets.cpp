@@ -1,5 +1,6 @@
 // Rows times lists of single keys: exact pairs only. A row's keys are read where they lie; consecutive rows read consecutive
-// keys, so a chunk of the list slides a window over the keys that stays in the cache.
+// keys. All rows of a tile go over PASS numbers before the next ones: a key comes back after as many rows as lie between two
+// numbers, and between them so few others are read, of keys alone or of values alone, that it is still in the first cache.
 #include "kernels/functions.h"
 #include "kernels/logits.h"
 
@@ -8,7 +9,9 @@ namespace SIEVE_LEVEL {
 
 constexpr int GROUP = LANES;  // keys whose dot products are summed across lanes together
 constexpr int SIXTEEN = 16;   // both kinds of rows are padded to it
+constexpr int PASS = LANES < 8 ? 8 : LANES;
 constexpr int KEYS_AHEAD = 6; // keys after which the sums of their gradients are asked for
+static_assert(OFFSET_CHUNK % PASS == 0 && PASS % GROUP == 0);
 
 struct QuietDenormals {
 #if defined(__x86_64__)
@@ -50,9 +53,10 @@ static inline vf sums_of(vf x[GROUP]) {
 #endif
 }
 
-// s[0..n) = a . row[list[g]]; what lies behind n, up to a multiple of GROUP, is undefined. N vectors a row, or `width` floats where N is 0.
+// s[g] = a . the row at `rows + at[g]` for n of them; what lies behind n, up to a multiple of GROUP, is undefined. N vectors a row,
+// or `width` floats where N is 0.
 template <int N>
-static inline __attribute__((always_inline)) void dots(const float* a, const float* rows, int64_t step, const int64_t* list, int n, int width, float* s) {
+static inline __attribute__((always_inline)) void dots(const float* a, const float* rows, const int64_t* at, int n, int width, float* s) {
   constexpr int REGS = N ? N : 1;
   vf q[REGS];
   if constexpr (N > 0)
@@ -64,8 +68,7 @@ static inline __attribute__((always_inline)) void dots(const float* a, const flo
     vf x[GROUP];
 #pragma GCC unroll 16
     for (int i = 0; i < GROUP; ++i) {
-      const int at = g + i < n ? g + i : n - 1;
-      const float* key = rows + list[at] * step;
+      const float* key = rows + at[g + i < n ? g + i : n - 1];
       if constexpr (N > 0) {
         vf t = q[0] * load(key);
 #pragma GCC unroll 8
@@ -80,7 +83,7 @@ static inline __attribute__((always_inline)) void dots(const float* a, const flo
     store(s + g, sums_of(x));
   }
   for (; g < n; ++g) {
-    const float* key = rows + list[g] * step;
+    const float* key = rows + at[g];
     vf t = vf{};
     if constexpr (N > 0) {
 #pragma GCC unroll 8
@@ -92,38 +95,39 @@ static inline __attribute__((always_inline)) void dots(const float* a, const flo
   }
 }
 
-// out += sum_g weight[g] * row[list[g]]
-template <int N>
-static inline __attribute__((always_inline)) void gather(const float* weight, const float* rows, int64_t step, const int64_t* list, int n, int width, float* out) {
-  if constexpr (N > 0) {
-    vf even[N], odd[N];  // two chains hide the latency of the sums
+// out += sum_g weight(g) * the row at `rows + at[g]`, N vectors
+template <int N, class Weight>
+static inline __attribute__((always_inline)) void gather_vectors(Weight weight, const float* rows, const int64_t* at, int n, float* out) {
+  constexpr int CHAINS = N < 8 ? 2 : 1;  // sums enough to hide their latency, and registers for them
+  vf sums[CHAINS][N];
 #pragma GCC unroll 8
-    for (int c = 0; c < N; ++c) even[c] = load(out + c * LANES), odd[c] = vf{};
-    int g = 0;
-    for (; g + 2 <= n; g += 2) {
-      const float *x = rows + list[g] * step, *y = rows + list[g + 1] * step;
-      const vf p = splat(weight[g]), r = splat(weight[g + 1]);
-#pragma GCC unroll 8
-      for (int c = 0; c < N; ++c) {
-        even[c] += p * load(x + c * LANES);
-        odd[c] += r * load(y + c * LANES);
-      }
-    }
-    if (g < n) {
-      const float* x = rows + list[g] * step;
-      const vf p = splat(weight[g]);
-#pragma GCC unroll 8
-      for (int c = 0; c < N; ++c) even[c] += p * load(x + c * LANES);
-    }
-#pragma GCC unroll 8
-    for (int c = 0; c < N; ++c) store(out + c * LANES, even[c] + odd[c]);
-  } else {
-    for (int g = 0; g < n; ++g) {
-      const float* x = rows + list[g] * step;
-      const vf p = splat(weight[g]);
-      for (int c = 0; c < width; c += LANES) store(out + c, load(out + c) + p * load(x + c));
-    }
+  for (int c = 0; c < N; ++c) {
+    sums[0][c] = load(out + c * LANES);
+    if constexpr (CHAINS > 1) sums[1][c] = vf{};
   }
+  const auto add = [&](int g, vf* to) {
+    const float* x = rows + at[g];
+    const vf p = splat(weight(g));
+#pragma GCC unroll 8
+    for (int c = 0; c < N; ++c) to[c] += p * load(x + c * LANES);
+  };
+  int g = 0;
+  for (; g + CHAINS <= n; g += CHAINS)
+#pragma GCC unroll 2
+    for (int i = 0; i < CHAINS; ++i) add(g + i, sums[i]);
+  if (g < n) add(g, sums[0]);
+#pragma GCC unroll 8
+  for (int c = 0; c < N; ++c) store(out + c * LANES, CHAINS > 1 ? sums[0][c] + sums[CHAINS - 1][c] : sums[0][c]);
+}
+
+// The same with `width` floats, a multiple of 16, where N is 0
+template <int N, class Weight>
+static inline __attribute__((always_inline)) void gather(Weight weight, const float* rows, const int64_t* at, int n, int width, float* out) {
+  if constexpr (N > 0) return gather_vectors<N>(weight, rows, at, n, out);
+  constexpr int MANY = 4 * SIXTEEN / LANES, FEW = SIXTEEN / LANES;
+  int c = 0;
+  for (; c + MANY * LANES <= width; c += MANY * LANES) gather_vectors<MANY>(weight, rows + c, at, n, out + c);
+  for (; c < width; c += FEW * LANES) gather_vectors<FEW>(weight, rows + c, at, n, out + c);
 }
 
 static inline int reach(const OffsetTile& t, int from, int64_t limit) {
@@ -131,10 +135,29 @@ static inline int reach(const OffsetTile& t, int from, int64_t limit) {
   return from;
 }
 
+// one(r, first, n) for every pass and every row that reads n > 0 of its numbers, which begin at `first`
+template <class One>
+static inline __attribute__((always_inline)) void each_pass(const OffsetTile& t, One one) {
+  const int64_t step = t.limit_step;
+  const int rows = t.rows, all = t.count;  // what is loaded through `t` within the loops would be loaded after every store
+  for (int first = 0; first < all; first += PASS) {
+    const int64_t* list = t.list + first;
+    const int count = all - first < PASS ? all - first : PASS;
+    int64_t limit = t.limit;
+    int n = 0;
+    for (int r = 0; r < rows; ++r, limit += step) {
+      while (n < count && list[n] <= limit) ++n;
+      if (n) one(r, first, n);
+    }
+  }
+}
+
 template <int D, int V>
 static void attend_rows(const OffsetTile& t) {
   const float infinity = __builtin_inff();
-  alignas(64) float s[OFFSET_CHUNK];
+  const float *q = t.q, *k = t.k, *v = t.v;
+  float *s = t.s, *o = t.o;
+  const int64_t d = t.d, dv = t.dv, k_row = t.k_row, v_row = t.v_row;
   for (int from = 0; from < t.count; from += OFFSET_CHUNK) {
     OffsetTile part = t;
     part.list = t.list + from;
@@ -145,35 +168,40 @@ static void attend_rows(const OffsetTile& t) {
       key_at[i] = part.list[i] * t.k_step;
       value_at[i] = part.list[i] * t.v_step;
     }
+    each_pass(part, [&](int r, int first, int n) {
+      dots<D>(q + r * d, k + r * k_row, key_at + first, n, (int)d, s + (int64_t)r * OFFSET_CHUNK + first);
+    });
     int n = 0;
     for (int r = 0; r < t.rows; ++r) {
       n = reach(part, n, t.limit + r * t.limit_step);
       if (n == 0) continue;
-      dots<D>(t.q + (int64_t)r * t.d, t.k + r * t.k_row, 1, key_at, n, t.d, s);
+      float* x = s + (int64_t)r * OFFSET_CHUNK;
       const int padded = (n + GROUP - 1) / GROUP * GROUP;
-      for (int i = n; i < padded; ++i) s[i] = -infinity;
-      vf most = load(s);
-      for (int i = LANES; i < padded; i += LANES) most = max_(load(s + i), most);
+      for (int i = n; i < padded; ++i) x[i] = -infinity;
+      vf most = load(x);
+      for (int i = LANES; i < padded; i += LANES) most = max_(load(x + i), most);
       const float peak = top(most);
-      float* o = t.o + (int64_t)r * t.dv;
       if (peak > t.m[r]) {
         if (t.m[r] > -infinity) {
           const float shrink = exp2_one(t.m[r] - peak);
           t.l[r] *= shrink;
-          for (int c = 0; c < t.dv; c += LANES) store(o + c, load(o + c) * shrink);
+          for (int64_t c = r * dv; c < (r + 1) * dv; c += LANES) store(o + c, load(o + c) * shrink);
         }
         t.m[r] = peak;
       }
       const float base = t.m[r] == -infinity ? 0.0f : t.m[r];
       vf total = vf{};
       for (int i = 0; i < padded; i += LANES) {
-        const vf p = exp2_<6>(load(s + i) - base);
-        store(s + i, p);
+        const vf p = exp2_<6>(load(x + i) - base);
+        store(x + i, p);
         total += p;
       }
       t.l[r] += sum(total);
-      gather<V>(s, t.v + r * t.v_row, 1, value_at, n, t.dv, o);
     }
+    each_pass(part, [&](int r, int first, int n) {
+      const float* p = s + (int64_t)r * OFFSET_CHUNK + first;
+      gather<V>([=](int g) { return p[g]; }, v + r * v_row, value_at + first, n, (int)dv, o + r * dv);
+    });
   }
 }
 
@@ -187,6 +215,46 @@ void attend_offsets(const OffsetTile& t) {
   attend_rows<0, 0>(t);
 }
 
+// sums[key] += share[query][number] * x[query], key by key, so that each sum is loaded and stored once a pass. Keys are those that
+// stand `list` before their queries; `sums` begins at the key of the tile's first row and number 0.
+template <int N>
+static void add_to_keys(const OffsetTile& t, const float* share, const float* x, int width, float* sums) {
+  int64_t share_at[OFFSET_CHUNK], x_at[OFFSET_CHUNK];  // from what belongs to row 0
+  for (int i = 0; i < t.count; ++i) {
+    share_at[i] = t.list[i] * OFFSET_CHUNK + i;
+    x_at[i] = t.list[i] * width;
+  }
+  for (int begin = 0; begin < t.count; begin += PASS) {
+    const int end = begin + PASS < t.count ? begin + PASS : t.count;
+    const int64_t lowest = -t.list[end - 1] > -t.limit ? -t.list[end - 1] : -t.limit;
+    int first = end, last = end;  // numbers with a row of this tile above key `at`
+    for (int64_t at = lowest; at < t.rows - t.list[begin]; ++at) {
+      while (first > begin && at + t.list[first - 1] >= 0) --first;
+      while (last > begin && at + t.list[last - 1] >= t.rows) --last;
+      if (last <= first) continue;
+      for (int c = 0; c < width; c += 16) __builtin_prefetch(sums + (at + KEYS_AHEAD) * width + c, 1);
+      const float* p = share + at * OFFSET_CHUNK;
+      gather<N>([=, &share_at](int g) { return p[share_at[first + g]]; }, x + at * width, x_at + first, last - first, width, sums + at * width);
+    }
+  }
+}
+
+// The same where all rows read the same keys.
+template <int N>
+static void add_to_same_keys(const OffsetTile& t, const float* share, const float* x, int width, float* sums) {
+  int64_t x_at[OFFSET_CHUNK];
+  for (int i = 0; i < t.count; ++i)
+    for (int r = 0; r < t.rows;) {
+      int m = 0;
+      for (; r < t.rows && m < OFFSET_CHUNK; ++r) {
+        if (t.list[i] > t.limit + r * t.limit_step) continue;
+        x_at[m++] = (int64_t)r * width;
+      }
+      const float* p = share + (int64_t)(r - m) * OFFSET_CHUNK + i;  // rows that read a number are the last ones
+      gather<N>([=](int g) { return p[g * OFFSET_CHUNK]; }, x, x_at, m, width, sums + t.list[i] * width);
+    }
+}
+
 template <int D, int V>
 static void gradient_rows(const OffsetGradient& g) {
   const OffsetTile& t = g.t;
@@ -197,13 +265,19 @@ static void gradient_rows(const OffsetGradient& g) {
     value_at[i] = t.list[i] * t.v_step;
     clean_at[i] = t.list[i] * g.clean_step;
   }
+  const float *q = t.q, *k = t.k, *v = t.v, *d_out = g.d_out, *k_clean = g.k_clean;
+  float* dq = g.dq;
+  const int64_t d = t.d, dv = t.dv, k_row = t.k_row, v_row = t.v_row, clean_row = g.clean_row;
+  each_pass(t, [&](int r, int first, int n) {
+    dots<D>(q + r * d, k + r * k_row, key_at + first, n, (int)d, weight + (int64_t)r * OFFSET_CHUNK + first);
+  });
+  each_pass(t, [&](int r, int first, int n) {
+    dots<V>(d_out + r * dv, v + r * v_row, value_at + first, n, (int)dv, slope + (int64_t)r * OFFSET_CHUNK + first);
+  });
   int n = 0;
   for (int r = 0; r < t.rows; ++r) {
     n = reach(t, n, t.limit + r * t.limit_step);
     float *s = weight + (int64_t)r * OFFSET_CHUNK, *ds = slope + (int64_t)r * OFFSET_CHUNK;
-    if (n == 0) continue;
-    dots<D>(t.q + (int64_t)r * t.d, t.k + r * t.k_row, 1, key_at, n, t.d, s);
-    dots<V>(g.d_out + (int64_t)r * t.dv, t.v + r * t.v_row, 1, value_at, n, t.dv, ds);
     const float base = g.lse[r] == -__builtin_inff() ? 0.0f : g.lse[r];
     for (int i = 0; i < n; i += LANES) {
       const vf p = exp2_<6>(load(s + i) - base);
@@ -211,44 +285,19 @@ static void gradient_rows(const OffsetGradient& g) {
       store(s + i, p);
       store(ds + i, select(none, vf{}, p * (load(ds + i) + g.shift[r])));
     }
-    gather<D>(ds, g.k_clean + r * g.clean_row, 1, clean_at, n, t.d, g.dq + (int64_t)r * t.d);
   }
-  // the other way round, key by key, so that each sum is loaded and stored once a chunk
-  alignas(64) float p[OFFSET_CHUNK], ds[OFFSET_CHUNK];
-  int64_t query[OFFSET_CHUNK];
+  each_pass(t, [&](int r, int first, int n) {
+    const float* ds = slope + (int64_t)r * OFFSET_CHUNK + first;
+    gather<D>([=](int i) { return ds[i]; }, k_clean + r * clean_row, clean_at + first, n, (int)d, dq + r * d);
+  });
+  float *dv_sum = g.dv_sum + g.sum_at * dv, *dk = g.dk + g.sum_at * d;
   if (t.k_row != 0 && t.k_step == -t.k_row) {
-    const int64_t lowest = -t.list[t.count - 1] > -t.limit ? -t.list[t.count - 1] : -t.limit;
-    int first = t.count, last = t.count;  // numbers with a row of this tile above key `at`
-    for (int64_t at = lowest; at < t.rows - t.list[0]; ++at) {
-      while (first > 0 && at + t.list[first - 1] >= 0) --first;
-      while (last > 0 && at + t.list[last - 1] >= t.rows) --last;
-      const int m = last - first;
-      if (m <= 0) continue;
-      const int64_t ahead = g.sum_at + at + KEYS_AHEAD;
-      for (int c = 0; c < t.dv; c += 16) __builtin_prefetch(g.dv_sum + ahead * t.dv + c, 1);
-      for (int c = 0; c < t.d; c += 16) __builtin_prefetch(g.dk + ahead * t.d + c, 1);
-      for (int i = 0; i < m; ++i) {
-        query[i] = at + t.list[first + i];
-        p[i] = weight[query[i] * OFFSET_CHUNK + first + i];
-        ds[i] = slope[query[i] * OFFSET_CHUNK + first + i];
-      }
-      gather<V>(p, g.d_out, t.dv, query, m, t.dv, g.dv_sum + (g.sum_at + at) * t.dv);
-      gather<D>(ds, g.q_clean, t.d, query, m, t.d, g.dk + (g.sum_at + at) * t.d);
-    }
-    return;
+    add_to_keys<V>(t, weight, g.d_out, t.dv, dv_sum);
+    add_to_keys<D>(t, slope, g.q_clean, t.d, dk);
+  } else {
+    add_to_same_keys<V>(t, weight, g.d_out, t.dv, dv_sum);
+    add_to_same_keys<D>(t, slope, g.q_clean, t.d, dk);
   }
-  for (int i = 0; i < t.count; ++i)
-    for (int r = 0; r < t.rows;) {
-      int m = 0;
-      for (; r < t.rows && m < OFFSET_CHUNK; ++r) {
-        if (t.list[i] > t.limit + r * t.limit_step) continue;
-        query[m] = r;
-        p[m] = weight[(int64_t)r * OFFSET_CHUNK + i];
-        ds[m++] = slope[(int64_t)r * OFFSET_CHUNK + i];
-      }
-      gather<V>(p, g.d_out, t.dv, query, m, t.dv, g.dv_sum + (g.sum_at + t.list[i]) * t.dv);
-      gather<D>(ds, g.q_clean, t.d, query, m, t.d, g.dk + (g.sum_at + t.list[i]) * t.d);
-    }
 }
 
 void gradient_offsets(const OffsetGradient& g) {

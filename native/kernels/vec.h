@@ -62,6 +62,10 @@ static inline vi iota() {
 static inline float sum(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX2__)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
   float total = 0;
   for (int i = 0; i < LANES; ++i) total += x[i];
@@ -82,6 +86,10 @@ static inline bool any_lane(vi x) {
 static inline float lane_max(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
+#elif defined(__AVX2__)
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 #else
   float best = x[0];
   for (int i = 1; i < LANES; ++i) best = x[i] > best ? x[i] : best;
@@ -91,14 +99,7 @@ static inline float lane_max(vf x) {
 
 // The largest lane that is a number; -inf if none is.
 static inline float top(vf x) {
-  x = x == x ? x : splat(-__builtin_inff());
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)x);
-#else
-  float best = x[0];
-  for (int i = 1; i < LANES; ++i) best = x[i] > best ? x[i] : best;
-  return best;
-#endif
+  return lane_max(x == x ? x : splat(-__builtin_inff()));
 }
 
 // All ones in lane i where bit (first + i) of `bits` is set.
