@@ -65,7 +65,10 @@ void attend_few(const OffsetAttention& a, const View& out, float* lse) {
 
 }  // namespace
 
-bool rows_as_they_are(const View& x) { return x.dtype == F32 && x.stride[3] == 1 && x.shape[3] % 16 == 0; }
+// One row for every key is copied out: with a step of 0 from row to row, kernels would take offsets for key rows.
+bool rows_as_they_are(const View& x) {
+  return x.dtype == F32 && x.stride[3] == 1 && x.stride[2] != 0 && x.shape[3] % 16 == 0;
+}
 
 void Rows32::read(const View& x, int64_t b, int64_t h, bool clean) {
   if (!clean && rows_as_they_are(x)) {

@@ -7,9 +7,9 @@ namespace sieve {
 // Query i sits at position p = kv_len - q_len + i and reads key j iff j <= p and (j < prefix or p - j is an offset).
 struct OffsetAttention {
   View q, k, v;            // [batch, q_heads | kv_heads, length, channels]
-  const int64_t* offsets;  // [count] increasing, not negative
+  const int64_t* offsets;  // [count] increasing, not negative, below kv_len
   int64_t count;
-  int64_t prefix;
+  int64_t prefix;          // at most kv_len
   float scale;             // positive
   int threads;
 };
