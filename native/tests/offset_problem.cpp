@@ -190,6 +190,8 @@ void OffsetProblem::check(const OffsetResult& r, bool gradients, const std::vect
       logit.push_back(dot * call.scale);
       top = std::max(top, logit.back());
     }
+    // without weight: no keys, or none but keys whose logit is -inf
+    const bool none = std::all_of(logit.begin(), logit.end(), [](double x) { return x == -INFINITY; });
     std::fill(o.begin(), o.end(), 0.0);
     for (size_t e = 0; e < logit.size(); ++e) {
       const double p = std::exp(logit[e] - top);
@@ -197,12 +199,13 @@ void OffsetProblem::check(const OffsetResult& r, bool gradients, const std::vect
       for (int64_t c = 0; c < s.dv; ++c) o[c] += p * v_[(head + read[i][e]) * s.dv + c];
     }
     if (unsaid.empty() || !unsaid[i]) {
-      CHECK(near(lse_[row], logit.empty() ? -INFINITY : top + std::log(total), OFFSET_TOLERANCE[F32]));
-      for (int64_t c = 0; c < s.dv; ++c) CHECK(near(o_[row * s.dv + c], logit.empty() ? 0.0 : o[c] / total, OFFSET_TOLERANCE[dtype]));
+      CHECK(near(lse_[row], none ? -INFINITY : top + std::log(total), OFFSET_TOLERANCE[F32]));
+      for (int64_t c = 0; c < s.dv; ++c) CHECK(near(o_[row * s.dv + c], none ? 0.0 : o[c] / total, OFFSET_TOLERANCE[dtype]));
     }
-    for (size_t e = 0; gradients && e < logit.size(); ++e) {
+    for (size_t e = 0; gradients && !none && e < logit.size(); ++e) {
       const int64_t key = head + read[i][e];
       const double p = std::exp(logit[e] - lse_[row]);
+      if (p == 0) continue;
       double slope = shift_[row];
       for (int64_t c = 0; c < s.dv; ++c) {
         slope += pull[c] * v_[key * s.dv + c];

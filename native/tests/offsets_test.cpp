@@ -113,6 +113,22 @@ TEST(offsets_that_are_not_read_change_nothing) {
   });
 }
 
+// An infinite key whose logit is -inf has no weight, and leaves every number finite.
+TEST(offsets_of_keys_without_weight) {
+  each_level([](const std::string& level) {
+    for (int seed = 0; seed < CASES; ++seed) {
+      Random random(seed * 10 + 9);
+      OffsetProblem c(random, FLOATS[seed % 3], short_shape(random), false);
+      each_element(c.q, [&](int64_t a, int64_t b, int64_t i, int64_t) { c.q.set(a, b, i, 0, 0.5); });
+      for (int64_t n = random.between(1, 3); n > 0; --n) {
+        const int64_t j = random.below(c.s.kv_len);
+        each_element(c.k, [&](int64_t a, int64_t b, int64_t, int64_t) { c.k.set(a, b, j, 0, -INFINITY); });
+      }
+      both_plans(level, seed, random, c);
+    }
+  });
+}
+
 TEST(offsets_of_denormal_numbers) {
   each_level([](const std::string& level) {
     for (int seed = 0; seed < CASES / 3; ++seed) {
