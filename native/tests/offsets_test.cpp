@@ -11,7 +11,7 @@
 using namespace sieve;
 
 #if defined(__SANITIZE_THREAD__)
-constexpr int CASES = 10;
+constexpr int CASES = 6;
 #else
 constexpr int CASES = 30;
 #endif
@@ -227,19 +227,19 @@ TEST(offset_steps_touch_only_the_keys_that_they_read) {
 
 TEST(concurrent_offset_calls_give_the_same_bits) {
   each_level([](const std::string& level) {
-    for (int seed = 0; seed < 6; ++seed) {
+    for (int seed = 0; seed < 4; ++seed) {
       Random random(seed * 10 + 8);
       const OffsetProblem c(random, FLOATS[seed % 3], seed % 3 ? short_shape(random) : OffsetShape{1, 2, 2, 130, 150, 32, 32});
       for (const Plan plan : PLANS) {
         note(level + ", seed " + std::to_string(seed) + ", plan " + std::to_string(plan) + ": " + c.text);
         std::vector<OffsetResult> results;
-        for (int i = 0; i < 4; ++i) results.push_back(c.result(seed));
+        for (int i = 0; i < 3; ++i) results.push_back(c.result(seed));
         std::vector<std::thread> threads;
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 3; ++i)
           threads.emplace_back([&, i] {
-            for (int n = 0; n < 3; ++n) {
-              c.forward(plan, 1 + i % 3, results[i]);
-              c.backward(plan, 1 + i % 3, results[i]);
+            for (int n = 0; n < 2; ++n) {
+              c.forward(plan, 1 + i, results[i]);
+              c.backward(plan, 1 + i, results[i]);
             }
           });
         for (std::thread& t : threads) t.join();
