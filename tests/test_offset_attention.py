@@ -112,6 +112,14 @@ def test_scale_and_strides(level):
         compare(tensors, PRIMES, scale=0.7)
 
 
+@pytest.mark.parametrize("plan", ["diagonals", "wheel"])
+def test_one_row_expanded_over_all_positions_is_what_its_copies_are(level, plan):
+    q, k, v = inputs(SHAPES["grouped"])
+    one = [x.detach()[:, :, :1].expand_as(x).requires_grad_() for x in (k, v)]
+    for tensors in ((q, one[0], v), (q, k, one[1]), (q, *one)):
+        compare(tensors, PRIMES, plan)
+
+
 def test_gradients_of_the_reference_are_right():
     given = [x.double() for x in inputs((2, 1, 7, 9, 4, 4), batch=1)]
     given = [x.detach().requires_grad_() for x in given]
