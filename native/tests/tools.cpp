@@ -46,6 +46,7 @@ static uint16_t double_to_half(double x) {
   x = std::fabs(x);
   if (std::isnan(x)) return 0x7e00;
   if (x >= 65520.0) return sign | 0x7c00;
+  if (x == 0.0) return sign;  // it has no exponent
   int exponent;
   std::frexp(x, &exponent);
   exponent = std::max(exponent, -13);  // below, the grid no longer gets finer
