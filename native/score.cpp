@@ -304,10 +304,14 @@ int64_t score_means(const Gate& g, std::vector<GateUnit>& units) {
     for (int64_t b = first; b < last; ++b, mass += u.width) {
       const int64_t from = b * g.kv_block, to = std::min(g.kv_len, from + g.kv_block);
       const int32_t count = *entry<int32_t>(g.count, u.batch, u.kv_head, b);
+      const auto sees = [&](int64_t low, int64_t high) {
+        while (g.key_mask.data && low < high && !*entry<uint8_t>(g.key_mask, 0, u.batch, low)) ++low;
+        return low < high;
+      };
       const double size = g.scorer == MEAN ? std::log2(static_cast<double>(count)) : 0.0;
       const double reach = g.scorer == EUCLIDEAN ? g.scale * *entry<float>(g.radius, u.batch, u.kv_head, b) : 0.0;
       for (int64_t r = 0; r < u.width; ++r) {
-        if (u.low[r] >= to || u.high[r] <= from) {
+        if (!sees(std::max(from, u.low[r]), std::min(to, u.high[r]))) {
           mass[r] = -INFINITE;
           continue;
         }
