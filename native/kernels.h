@@ -156,7 +156,7 @@ struct KeyScore {
   int64_t b, h;
   const float* step;       // [kv_len up to 16] scale of each key; null: 1
   const float* shift;      // [kv_len up to 16] -1.5 * 2^23 * step
-  const int32_t* origin;   // [the same number] bits of 1.5 * 2^23 less 128 times the sum of a key's codes
+  const int32_t* origin;   // [as many as codes] bits of 1.5 * 2^23 less 128 times the sum of a key's codes
   int32_t d, wide;         // wide: d up to a multiple of 64
   const int8_t* q_codes;   // [wide / 4][16][4], or null where queries are not rounded
   const float* q;          // [wide][16]

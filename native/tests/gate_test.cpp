@@ -1,0 +1,88 @@
+// The gate of a prefill: what every rule keeps, on one level and on two, alike on any threads.
+#include <algorithm>
+#include <thread>
+
+#include "choosing.h"
+
+using namespace sieve;
+
+namespace {
+
+#if defined(__SANITIZE_THREAD__)
+constexpr int CASES = 10;
+#else
+constexpr int CASES = 25;
+#endif
+
+}  // namespace
+
+TEST(a_prefill_keeps_what_its_rule_asks_for) {
+  each_level([](const std::string& level) {
+    int64_t dropped[5] = {};
+    for (int n = 0; n < CASES; ++n)
+      for (const By by : {KEYS, KEYS, MEANS, BALLS})
+        for (const Keeps rule : {COUNT, SHARE, OVER, CLOSE, HALF}) {
+          Random random(n * 100 + by * 10 + rule + 1);
+          Choosing c(random, false, by, rule, static_cast<DType>(random.below(3)));
+          note(level + ", case " + std::to_string(n) + ": " + c.text);
+          c.check(c.run(c.threads));
+          dropped[rule] += c.dropped;
+        }
+    for (const int64_t x : dropped) CHECK(x > 0);
+  });
+}
+
+TEST(two_levels_keep_what_one_level_keeps) {
+  each_level([](const std::string& level) {
+    int64_t computed = 0, visible = 0;
+    for (int n = 0; n < 4; ++n)
+      for (const Keeps rule : {COUNT, SHARE, HALF}) {
+        Random random(n * 10 + rule + 1);
+        Choosing c(random, false, KEYS, rule, static_cast<DType>(n % 3), true);
+        note(level + ", case " + std::to_string(n) + ": " + c.text);
+        const Choosing::Kept kept = c.run(c.threads);
+        c.check(kept);
+        computed += kept.computed;
+        for (const int64_t x : kept.visible) visible += x;
+      }
+    CHECK(computed < visible * 0.9);  // or groups of blocks were never passed over
+  });
+}
+
+TEST(a_prefill_chooses_the_same_on_any_threads) {
+  each_level([](const std::string& level) {
+    for (int n = 0; n < 6; ++n) {
+      Random random(n + 900);
+      const Choosing c(random, false, n % 3 == 2 ? MEANS : KEYS, n % 2 ? HALF : COUNT, BF16, n == 0);
+      note(level + ", case " + std::to_string(n) + ": " + c.text);
+      const Choosing::Kept one = c.run(1);
+      std::vector<Choosing::Kept> found(4);
+      std::vector<std::thread> threads;
+      for (int i = 0; i < 4; ++i) threads.emplace_back([&, i] { found[i] = c.run(1 + i % 3); });
+      for (auto& t : threads) t.join();
+      for (const Choosing::Kept& x : found) CHECK(x == one);
+    }
+  });
+}
+
+TEST(of_equal_blocks_a_prefill_keeps_the_first) {
+  each_level([](const std::string& level) {
+    for (const By by : {KEYS, MEANS, BALLS}) {
+      note(level + ", by " + std::to_string(by));
+      Random random(4);
+      Choosing c(random, false, by, COUNT, F32);
+      c.sinks = c.near = 0;
+      c.window = -1;
+      c.causal = false;
+      c.edges.clear();
+      c.mask = Array{};
+      fill(random, c.q);
+      fill_keys(random, c.key, EQUAL);
+      c.settle(random);
+      for (const std::vector<int32_t>& list : c.run(2).list) {
+        CHECK(static_cast<int64_t>(list.size()) == std::min(c.blocks, static_cast<int64_t>(c.level)));
+        for (size_t e = 0; e < list.size(); ++e) CHECK(list[e] == static_cast<int32_t>(e));
+      }
+    }
+  });
+}
