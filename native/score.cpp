@@ -203,8 +203,10 @@ class SketchScores {
       for (size_t r = 0; r < u.rows.size(); ++r) {
         float above, below;
         errors[r].of(largest[p], plain, metric, norm, lower[r] * (1 + 1e-5f), norm_of, metric_norm_of, above, below);
-        lower[r] = mass[r] - below;
-        mass[r] += above;
+        // where an error is no number nothing is known: a fold would take it for nothing there
+        const float most = mass[r] + above, least = mass[r] - below;
+        lower[r] = least == least ? least : -INFINITE;
+        if (mass[r] != -INFINITE) mass[r] = most == most ? most : INFINITE;
         small &= mass[r] <= level[r];
       }
       for (int64_t r = static_cast<int64_t>(u.rows.size()); r < u.width; ++r) lower[r] = mass[r];

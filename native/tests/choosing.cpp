@@ -72,7 +72,7 @@ Choosing::Choosing(Random& random, bool decoding_, By by_, Keeps rule_, DType dt
       }
   if (!two_levels && random.chance(0.2))
     for (int i = 0; i < 3; ++i) key.set(random.below(batch), random.below(kv_heads), random.below(kv_len), random.below(d), NAN);
-  if (random.chance(0.1)) q.set(random.below(batch), random.below(q_heads), random.below(q_len), random.below(d), NAN);
+  if (random.chance(rule == PROVED ? 0.2 : 0.1)) q.set(random.below(batch), random.below(q_heads), random.below(q_len), random.below(d), NAN);
   if (!two_levels && random.chance(0.3)) {
     mask = make(random, U8, {batch, 1, 1, kv_len}, CONTIGUOUS);
     for (int64_t b = 0; b < batch; ++b)

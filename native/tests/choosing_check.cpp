@@ -179,7 +179,8 @@ void Choosing::judge(Unit& u) const {
           return before[std::lower_bound(falling.begin(), falling.end(), y, std::greater<double>()) - falling.begin()];
         };
         const double ahead = more(x[n] + apart), perhaps = more(x[n] - apart) - std::exp(x[n] - top) / total;
-        u.needed[n] = u.needed[n] || level == 1.0 || perhaps < level - 1e-3;
+        const bool number = top > LOWEST_ESTIMATE;  // else every block has the whole mass in fp32
+        u.needed[n] = u.needed[n] || (number && perhaps < level - 1e-3);
         u.allowed[n] = u.allowed[n] || ahead < level + 1e-3;
       }
     }

