@@ -38,6 +38,7 @@ struct Choosing {
     bool operator==(const Kept& o) const { return list == o.list && kept == o.kept && visible == o.visible && dense == o.dense; }
   };
   Kept run(int threads) const;
+  void check_threads() const;  // the same from calls at once, on any number of threads
   void check(const Kept& got);  // and counts into `dropped` the blocks that are left out
 
   int64_t dropped = 0;
@@ -65,3 +66,6 @@ struct Choosing {
   Unit unit(int64_t b, int64_t h, int64_t t) const;
   void judge(Unit& u) const;
 };
+
+// Of blocks whose keys are all equal, those that a count keeps are the first.
+void check_equal_blocks(bool decoding, By by);

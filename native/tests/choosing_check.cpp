@@ -1,5 +1,6 @@
 // What a choice of blocks must satisfy; see choosing.h.
 #include <algorithm>
+#include <thread>
 #include <cmath>
 #include <functional>
 
@@ -283,5 +284,31 @@ void Choosing::check(const Kept& got) {
     if (rule != COUNT && rule != SHARE) continue;
     for (int64_t n = 0; unforced > u.most && n < blocks; ++n) unforced -= kept[n] && !u.forced[n] && u.allowed[n] && remembered(n);
     CHECK(unforced <= u.most && some >= u.most);
+  }
+}
+
+void Choosing::check_threads() const {
+  const Kept one = run(1);
+  std::vector<Kept> found(4);
+  std::vector<std::thread> all;
+  for (int i = 0; i < 4; ++i) all.emplace_back([&, i] { found[i] = run(1 + i % 3); });
+  for (auto& t : all) t.join();
+  for (const Kept& x : found) CHECK(x == one);
+}
+
+void check_equal_blocks(bool decoding, By by) {
+  Random random(4);
+  Choosing c(random, decoding, by, COUNT, F32);
+  c.sinks = c.near = 0;
+  c.window = -1;
+  c.causal = false;
+  c.edges.clear();
+  c.mask = Array{};
+  fill(random, c.q);
+  fill_keys(random, c.key, EQUAL);
+  c.settle(random);
+  for (const std::vector<int32_t>& list : c.run(2).list) {
+    CHECK(static_cast<int64_t>(list.size()) == std::min(c.blocks, static_cast<int64_t>(c.level)));
+    for (size_t e = 0; e < list.size(); ++e) CHECK(list[e] == static_cast<int32_t>(e));
   }
 }

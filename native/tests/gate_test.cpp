@@ -1,6 +1,5 @@
 // The gate of a prefill: what every rule keeps, on one level and on two, alike on any threads.
 #include <algorithm>
-#include <thread>
 
 #include "choosing.h"
 
@@ -56,12 +55,7 @@ TEST(a_prefill_chooses_the_same_on_any_threads) {
       Random random(n + 900);
       const Choosing c(random, false, n % 3 == 2 ? MEANS : KEYS, n % 2 ? HALF : COUNT, BF16, n == 0);
       note(level + ", case " + std::to_string(n) + ": " + c.text);
-      const Choosing::Kept one = c.run(1);
-      std::vector<Choosing::Kept> found(4);
-      std::vector<std::thread> threads;
-      for (int i = 0; i < 4; ++i) threads.emplace_back([&, i] { found[i] = c.run(1 + i % 3); });
-      for (auto& t : threads) t.join();
-      for (const Choosing::Kept& x : found) CHECK(x == one);
+      c.check_threads();
     }
   });
 }
@@ -70,20 +64,7 @@ TEST(of_equal_blocks_a_prefill_keeps_the_first) {
   each_level([](const std::string& level) {
     for (const By by : {KEYS, MEANS, BALLS}) {
       note(level + ", by " + std::to_string(by));
-      Random random(4);
-      Choosing c(random, false, by, COUNT, F32);
-      c.sinks = c.near = 0;
-      c.window = -1;
-      c.causal = false;
-      c.edges.clear();
-      c.mask = Array{};
-      fill(random, c.q);
-      fill_keys(random, c.key, EQUAL);
-      c.settle(random);
-      for (const std::vector<int32_t>& list : c.run(2).list) {
-        CHECK(static_cast<int64_t>(list.size()) == std::min(c.blocks, static_cast<int64_t>(c.level)));
-        for (size_t e = 0; e < list.size(); ++e) CHECK(list[e] == static_cast<int32_t>(e));
-      }
+      check_equal_blocks(false, by);
     }
   });
 }

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <thread>
 
 #include "choosing.h"
 #include "kernels.h"
@@ -333,12 +332,7 @@ TEST(decoding_chooses_the_same_on_any_threads) {
       Random random(n + 900);
       const Choosing c(random, true, n % 3 == 2 ? MEANS : KEYS, n % 3 == 0 ? PROVED : COUNT, BF16);
       note(level + ", case " + std::to_string(n) + ": " + c.text);
-      const Choosing::Kept one = c.run(1);
-      std::vector<Choosing::Kept> found(4);
-      std::vector<std::thread> threads;
-      for (int i = 0; i < 4; ++i) threads.emplace_back([&, i] { found[i] = c.run(1 + i % 3); });
-      for (auto& t : threads) t.join();
-      for (const Choosing::Kept& x : found) CHECK(x == one);
+      c.check_threads();
     }
   });
 }
@@ -347,19 +341,7 @@ TEST(of_equal_blocks_decoding_keeps_the_first) {
   each_level([](const std::string& level) {
     for (const By by : {KEYS, MEANS, BALLS}) {
       note(level + ", by " + std::to_string(by));
-      Random random(4);
-      Choosing c(random, true, by, COUNT, F32);
-      c.sinks = c.near = 0;
-      c.window = -1;
-      c.causal = false;
-      c.mask = Array{};
-      fill(random, c.q);
-      fill_keys(random, c.key, EQUAL);
-      c.settle(random);
-      for (const std::vector<int32_t>& list : c.run(2).list) {
-        CHECK(static_cast<int64_t>(list.size()) == std::min(c.blocks, static_cast<int64_t>(c.level)));
-        for (size_t e = 0; e < list.size(); ++e) CHECK(list[e] == static_cast<int32_t>(e));
-      }
+      check_equal_blocks(true, by);
     }
   });
 }
