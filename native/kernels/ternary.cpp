@@ -34,9 +34,7 @@ void ternary_tables(const float* x, int64_t groups, float* tables) {
 #else
   float* to = tables + HEADER_FLOATS;
 #if defined(__AVX2__)
-  Digits digits{};
-  digits.unit = unit_of(x, groups * 16);
-  if (digits.unit > 0.0) digits = write_digits(x, groups * 16, (float)digits.unit, reinterpret_cast<int8_t*>(to), reinterpret_cast<Small*>(to + groups * 16), groups);
+  const Digits digits = digits_of(x, groups * 16, reinterpret_cast<int8_t*>(to), reinterpret_cast<Small*>(to + groups * 16), groups);
   memcpy(tables, &digits, sizeof(digits));
   if (digits.unit > 0.0) return;
 #endif

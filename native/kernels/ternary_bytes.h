@@ -3,7 +3,9 @@
 //   x_c = unit * (d_0 + 256 d_1 + 256^2 d_2 + 256^3 d_3),   -128 <= d <= 127,   unit = 2^e,   2^29 < max |x| / unit < 2^31,
 // whose products with codes (trit + 1) are sums of integers, free of rounding. Entries below 2^20 units would lose digits of their own,
 // and a row may read nothing else: they are added as floats, and a token with many of them is left to floats altogether. So every
-// entry is rounded to 2^-21 of itself at most, and then the result.
+// entry is rounded to 2^-21 of itself at most, and then the result. Low digits that are zero in every entry are not multiplied: of
+// entries that were bf16 or fp16, whose mantissas are short, the lowest always is, and where few entries of a bf16 token lie below
+// 2^23 units, those are added as floats too and two digits are left.
 #pragma once
 #include <cmath>
 
@@ -17,6 +19,7 @@ namespace sieve {
 namespace SIEVE_LEVEL {
 
 constexpr int32_t EXACT = 1 << 20;              // units from which an entry keeps the digits of a float
+constexpr int32_t HIGH_HALF = 1 << 23;          // units from which the upper two digits hold the mantissa of a bf16
 constexpr float SMALL = 1e-27f, LARGE = 1e30f;   // magnitudes between which units are normal numbers
 constexpr int64_t WIDE = int64_t{1} << 16;       // groups up to which sums are exact in a double
 
@@ -24,7 +27,8 @@ constexpr int64_t WIDE = int64_t{1} << 16;       // groups up to which sums are 
 struct alignas(32) Digits {
   double unit;   // 0: the groups hold floats
   double total;  // of the whole numbers: what codes, a trit and one, add to the sum
-  int64_t small; // entries that are floats, listed behind the groups
+  int32_t small; // entries that are floats, listed behind the groups
+  int32_t skip;  // low digits that are zero throughout, up to two
 };
 struct Small {
   float products[4];  // -x, 0, x: what a code reads
@@ -53,17 +57,25 @@ static inline float unit_of(const float* x, int64_t n) {
   return ldexpf(1.0f, fraction < 0.99f ? e - 31 : e - 30);  // four digits hold 127.5 * 2^24 at most
 }
 
-// 16 columns a group: 4 columns by 4 digits in each half of 32 bytes
-static inline Digits write_digits(const float* x, int64_t n, float unit, int8_t* out, Small* list, int64_t most) {
+// Whether every entry has the mantissa of a bf16
+static inline bool short_mantissas(const float* x, int64_t n) {
+  __m256i bits = _mm256_setzero_si256();
+  for (int64_t i = 0; i < n; i += 8) bits = _mm256_or_si256(bits, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)));
+  return _mm256_testz_si256(bits, _mm256_set1_epi32(0xffff)) != 0;
+}
+
+// 16 columns a group: 4 columns by 4 digits in each half of 32 bytes. Entries below `least` units are listed, `most` of them at most.
+static inline Digits write_digits(const float* x, int64_t n, float unit, int32_t least, int8_t* out, Small* list, int64_t most) {
   const __m256 scale = _mm256_set1_ps(1.0f / unit);
   const __m256i half = _mm256_set1_epi32(0x00808080);
   const __m256i by_digit = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   __m256d total = _mm256_setzero_pd();
-  int64_t count = 0;
+  __m256i used = _mm256_setzero_si256();
+  int32_t count = 0;
   for (int64_t i = 0; i < n; i += 8) {
     const __m256 y = _mm256_loadu_ps(x + i);
     __m256i whole = _mm256_cvtps_epi32(_mm256_mul_ps(y, scale));
-    const __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32(EXACT), _mm256_abs_epi32(whole));
+    const __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32(least), _mm256_abs_epi32(whole));
     uint32_t bits = (uint32_t)_mm256_movemask_ps(_mm256_and_ps(_mm256_castsi256_ps(low), _mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
     for (; bits; bits &= bits - 1) {
       if (count == most) return {};
@@ -71,11 +83,24 @@ static inline Digits write_digits(const float* x, int64_t n, float unit, int8_t*
       list[count++] = {{-x[c], 0.0f, x[c], 0.0f}, (int32_t)(c / 16 * 16), (int32_t)(8 * (c % 4) + 2 * (c % 16 / 4))};
     }
     whole = _mm256_andnot_si256(low, whole);
+    used = _mm256_or_si256(used, whole);
     total = _mm256_add_pd(total, _mm256_add_pd(_mm256_cvtepi32_pd(_mm256_castsi256_si128(whole)), _mm256_cvtepi32_pd(_mm256_extracti128_si256(whole, 1))));
     const __m256i digits = _mm256_xor_si256(_mm256_add_epi32(whole, half), half);  // a digit above 127 carries
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * 4), _mm256_shuffle_epi8(digits, by_digit));
   }
-  return {unit, sum(total), count};
+  const int32_t skip = _mm256_testz_si256(used, _mm256_set1_epi32(0xffff)) ? 2 : _mm256_testz_si256(used, _mm256_set1_epi32(0xff)) ? 1 : 0;
+  return {unit, sum(total), count, skip};
+}
+
+// The digits of a token behind their header; unit 0 where floats must do
+static inline Digits digits_of(const float* x, int64_t n, int8_t* out, Small* list, int64_t most) {
+  const float unit = unit_of(x, n);
+  if (!(unit > 0.0f)) return {};
+  if (short_mantissas(x, n)) {
+    const Digits half = write_digits(x, n, unit, HIGH_HALF, out, list, most / 2);
+    if (half.unit > 0.0) return half;
+  }
+  return write_digits(x, n, unit, EXACT, out, list, most);
 }
 
 // Sums of 16 rows: codes times each of T lines of bytes, of which four columns lie together, the next four `step` bytes on, the
@@ -121,7 +146,12 @@ static inline __attribute__((always_inline)) void multiply_bytes(const int32_t* 
 static inline void add_digits(const TernaryTask& t, const Digits& d, const int8_t* x, int64_t block, float* sums) {
   int32_t digit[4][16];
   const int32_t* codes = t.codes + block * t.groups * 16;
-  multiply_bytes<4>(codes, t.groups, x, 64, 16, 4, digit);
+  if (d.skip == 2)
+    multiply_bytes<2>(codes, t.groups, x + 8, 64, 16, 4, digit + 2);
+  else if (d.skip == 1)
+    multiply_bytes<3>(codes, t.groups, x + 4, 64, 16, 4, digit + 1);
+  else
+    multiply_bytes<4>(codes, t.groups, x, 64, 16, 4, digit);
   const Small* list = reinterpret_cast<const Small*>(x + t.groups * 64);
   __m256 rest[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
   for (int64_t n = 0; n < d.small; ++n) {
@@ -134,7 +164,7 @@ static inline void add_digits(const TernaryTask& t, const Digits& d, const int8_
   }
   for (int r = 0; r < 16; ++r) {
     double whole = digit[3][r];
-    for (int i = 2; i >= 0; --i) whole = whole * 256.0 + digit[i][r];
+    for (int i = 2; i >= 0; --i) whole = whole * 256.0 + (i < d.skip ? 0 : digit[i][r]);
     sums[r] = (float)((whole - d.total) * d.unit + (double)rest[r / 8][r % 8]);
   }
 }
