@@ -283,28 +283,36 @@ static void score_keys_by(const KeyScore& s) {
       if (plain) {
         const float* step = s.step + base;
         const float* shift = s.shift + base;
+        const auto factor = [&](int v) { return load(s.factor + v * LANES); };
+        const auto reference = [&](int v) { return load(base_of + v * LANES); };
+        const auto one = [&](int j, int v) {
+          const vf x = load(at_dots + j * LANE_ROWS + v * LANES);
+          // the product with a half has at most 24 bits, so one fused operation removes MAGIC exactly
+          vf y = Tiles ? x * step[j] + shift[j] : x * step[j];
+          if (Eight) y += load(s.half + v * LANES) * step[j];
+          return weight(y * factor(v) - reference(v));
+        };
+        vf total[PANEL_VECS] = {}, other[PANEL_VECS] = {};
+        constexpr int AT_ONCE = PANEL_VECS > 1 ? 1 : 4;  // independent weights: more of them would not fit what waits for its turn
+        int j = 0;
+        for (; j + AT_ONCE <= n; j += AT_ONCE)
+#pragma GCC unroll 4
+          for (int v = 0; v < PANEL_VECS; ++v) {
+            if constexpr (AT_ONCE == 1) {
+              total[v] += one(j, v);
+            } else {
+              total[v] += one(j, v) + one(j + 1, v);
+              other[v] += one(j + 2, v) + one(j + 3, v);
+            }
+          }
+        for (; j < n; ++j)
+          for (int v = 0; v < PANEL_VECS; ++v) total[v] += one(j, v);
         vi off = vi{};
 #pragma GCC unroll 4
         for (int v = 0; v < PANEL_VECS; ++v) {
-          const vf factor = load(s.factor + v * LANES), reference = load(base_of + v * LANES);
-          const vf half = Eight ? load(s.half + v * LANES) : vf{};
-          auto one = [&](int j) {
-            const vf x = load(at_dots + j * LANE_ROWS + v * LANES);
-            // the product with a half has at most 24 bits, so one fused operation removes MAGIC exactly
-            vf y = Tiles ? x * step[j] + shift[j] : x * step[j];
-            if (Eight) y += half * step[j];
-            return weight(y * factor - reference);
-          };
-          vf total = vf{}, other = vf{};
-          int j = 0;
-          for (; j + 4 <= n; j += 4) {
-            total += one(j) + one(j + 1);
-            other += one(j + 2) + one(j + 3);
-          }
-          for (; j < n; ++j) total += one(j);
-          total += other;
-          off |= ~((total >= splat(SUM_LOW)) & (total <= splat(SUM_HIGH)));
-          store(out + v * LANES, total);
+          total[v] += other[v];
+          off |= ~((total[v] >= splat(SUM_LOW)) & (total[v] <= splat(SUM_HIGH)));
+          store(out + v * LANES, total[v]);
         }
         if (!any_lane(off)) continue;
       }

@@ -19,7 +19,14 @@ static inline float round_up(double x) {
 }
 
 static inline vf size_of(vf x) { return (vf)((vi)x & splat_int(0x7fffffff)); }
-static inline vf floor_of(vf x) { return __builtin_convertvector(__builtin_convertvector(x, vi), vf); }  // 0 <= x < 2^31
+// 0 <= x < 2^31
+static inline vf floor_of(vf x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (vf)_mm256_floor_ps((__m256)x);
+#else
+  return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+#endif
+}
 
 // a * b + c, rounded once where there is an instruction for it: for what is compared, not stored
 static inline vf fused(vf a, vf b, vf c) {
@@ -50,6 +57,9 @@ static inline void sum_four(vf a, vf b, vf c, vf d, float* out) {
   const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(pq, rs, 0x44), _mm512_shuffle_ps(pq, rs, 0xee));
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif defined(__AVX2__)
+  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 #else
   out[0] = sum(a);
   out[1] = sum(b);
@@ -155,6 +165,10 @@ static inline void round_to_half(vf x, uint16_t* bits, float* value) {
   const __m256i h = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits), h);
   _mm512_storeu_ps(value, _mm512_cvtph_ps(h));
+#elif defined(__AVX2__)
+  const __m128i h = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(bits), h);
+  _mm256_storeu_ps(value, _mm256_cvtph_ps(h));
 #else
   for (int l = 0; l < LANES; ++l) {
     bits[l] = to_f16(x[l]);
@@ -238,6 +252,9 @@ static inline void sketch_keys(const Quantiser& s, const float* keys, const uint
       uint8_t* to = codes + i * wide + v * LANES;
 #if defined(__AVX512F__)
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)whole));
+#elif defined(__AVX2__)
+      const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)whole), _mm256_extracti128_si256((__m256i)whole, 1));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
 #else
       for (int l = 0; l < LANES; ++l) to[l] = (uint8_t)whole[l];
 #endif
@@ -313,13 +330,7 @@ static inline bool read_block(const KeyRun& r, int64_t first, int n, int wide, f
       const vf x = load(row + c);
       bad |= (x - x) != vf{};
     }
-    bool sound = true;
-#if defined(__AVX512F__)
-    sound = _mm512_test_epi32_mask((__m512i)bad, (__m512i)bad) == 0;
-#else
-    for (int l = 0; l < LANES; ++l) sound &= bad[l] == 0;
-#endif
-    if (sound) {
+    if (!any_lane(bad)) {
       valid[i] = 1;
     } else {
       broken = true;

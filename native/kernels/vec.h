@@ -76,6 +76,8 @@ static inline float sum(vf x) {
 static inline bool any_lane(vi x) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#elif defined(__AVX2__)
+  return _mm256_testz_si256((__m256i)x, (__m256i)x) == 0;
 #else
   int32_t all = 0;
   for (int l = 0; l < LANES; ++l) all |= x[l];
