@@ -1,4 +1,5 @@
 // Forward attention of one tile in fp32: out = sum_j 2^(s_j - m) v_j over the tile's panels, with the online softmax.
+#include "kernels/ends.h"
 #include "kernels/functions.h"
 #include "kernels/gemm.h"
 #include "kernels/softmax.h"
@@ -87,26 +88,31 @@ static void attend_chunks(const Tile& t, Softmax& x, bool begins, bool ends) {
       const int there = (int)(t.kv_len - base < PANEL ? t.kv_len - base : PANEL);
       for (int i = 0; i < there; ++i) row[rows++] = values + (base + i) * t.v_stride;
     }
+    Ends ends_of;
+    if (gathers && !t.sanitize) ends_of.find(t, n, count);
     if (gathers) {
       // values are asked for while their logits are made: they come from far away, and nothing foresees where a list goes next
       for (int p = 0; p < count; ++p) {
         for (int j = p * PANEL; j < rows && j < (p + 1) * PANEL; ++j)
           for (int c = 0; c < wide; c += 16) __builtin_prefetch(row[j] + c, 0, 2);
-        times_panels(q, t.q_stride, t.rows, t.d, panel + p, 1, s + p * PANEL, S_STRIDE);
+        ends_of.each_run(t.rows, p, [&](int r, int some) {
+          times_panels(q + r * t.q_stride, t.q_stride, some, t.d, panel + p, 1, s + r * S_STRIDE + p * PANEL, S_STRIDE);
+        });
       }
     } else {
       times_panels(q, t.q_stride, t.rows, t.d, panel, count, s, S_STRIDE);
     }
     if (touched)
-      for (int r = 0; r < t.rows; ++r) shape_logits(t, n, count, r, s + r * S_STRIDE, nullptr);
+      for (int r = 0; r < t.rows; ++r) shape_logits(t, n, ends_of.of(r, count), r, s + r * S_STRIDE, nullptr);
     if (t.sanitize)
       for (int j = 0; j < rows; ++j) {
         mark_non_finite(t, marks, s, row[j], copy + (int64_t)j * wide, j, t.dv, wide);
         row[j] = copy + (int64_t)j * wide;
       }
-    for (int r = 0; r < t.rows; ++r) soften(t, x, r, s + r * S_STRIDE, count * PANEL, unit, wide);
+    for (int r = 0; r < t.rows; ++r)
+      if (const int own = ends_of.of(r, count)) soften(t, x, r, s + r * S_STRIDE, own * PANEL, unit, wide);
     if (gathers) {
-      times_gathered(s, S_STRIDE, t.rows, rows, row, wide, gathered, t.o, wide);
+      times_gathered(s, S_STRIDE, t.rows, rows, ends_of.given(), row, wide, gathered, t.o, wide);
       continue;
     }
     for (int j = 0; j < rows; j += step) times_rows(s + j, S_STRIDE, 1, t.rows, rows - j < step ? rows - j : step, row + j, wide, t.o, wide);

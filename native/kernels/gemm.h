@@ -138,34 +138,40 @@ static inline void gather_columns(const float* const* row, int n, int columns, f
       for (int e = 0; e < PANEL; e += LANES) store(out + e, load(row[i] + j + e));
 }
 
+// `apart`: rows that were gathered side by side, of which n are read
 template <int R>
-static inline void gathered_rows(const float* a, int64_t rs, int64_t ks, int n, const float* gathered, int columns, float* c,
+static inline void gathered_rows(const float* a, int64_t rs, int64_t ks, int n, const float* gathered, int apart, int columns, float* c,
                                  int64_t ldc) {
-  for (int j = 0; j < columns; j += PANEL, gathered += (int64_t)n * PANEL)
+  for (int j = 0; j < columns; j += PANEL, gathered += (int64_t)apart * PANEL)
     panels_block<R, 1, true>(a, rs, ks, n, &gathered, c + j, ldc);
 }
 
-// times_rows from gathered columns; sums are the same to the bit.
-static inline void times_columns(const float* a, int64_t rs, int64_t ks, int rows, int n, const float* gathered, int columns,
-                                 float* c, int64_t ldc) {
+// times_rows from gathered columns; sums are the same to the bit. With `panels`, every GEMM_ROWS rows of `a` end after so many
+// panels of 16, of which `before` numbers lie before a.
+static inline void times_columns(const float* a, int64_t rs, int64_t ks, int rows, int n, const float* gathered, int apart, int columns,
+                                 float* c, int64_t ldc, const int* panels = nullptr, int before = 0) {
+  const auto length = [&](int r) {
+    const int own = panels ? panels[r / GEMM_ROWS] * PANEL - before : n;
+    return own < 0 ? 0 : own < n ? own : n;
+  };
   int r = 0;
   for (; r + GEMM_ROWS <= rows; r += GEMM_ROWS)
-    gathered_rows<GEMM_ROWS>(a + r * rs, rs, ks, n, gathered, columns, c + r * ldc, ldc);
+    gathered_rows<GEMM_ROWS>(a + r * rs, rs, ks, length(r), gathered, apart, columns, c + r * ldc, ldc);
   if constexpr (GEMM_ROWS > 4)
-    for (; r + 4 <= rows; r += 4) gathered_rows<4>(a + r * rs, rs, ks, n, gathered, columns, c + r * ldc, ldc);
-  for (; r + 2 <= rows; r += 2) gathered_rows<2>(a + r * rs, rs, ks, n, gathered, columns, c + r * ldc, ldc);
-  for (; r < rows; ++r) gathered_rows<1>(a + r * rs, rs, ks, n, gathered, columns, c + r * ldc, ldc);
+    for (; r + 4 <= rows; r += 4) gathered_rows<4>(a + r * rs, rs, ks, length(r), gathered, apart, columns, c + r * ldc, ldc);
+  for (; r + 2 <= rows; r += 2) gathered_rows<2>(a + r * rs, rs, ks, length(r), gathered, apart, columns, c + r * ldc, ldc);
+  for (; r < rows; ++r) gathered_rows<1>(a + r * rs, rs, ks, length(r), gathered, apart, columns, c + r * ldc, ldc);
 }
 
-// times_rows with ks = 1 from copies of a few rows at a time. `gathered` has room for GATHERED_BYTES or 16 rows.
-static inline void times_gathered(const float* a, int64_t rs, int rows, int n, const float* const* row, int columns,
+// times_rows with ks = 1 from copies of a few rows at a time. `gathered` has room for GATHERED_BYTES or 16 rows; `panels` as above.
+static inline void times_gathered(const float* a, int64_t rs, int rows, int n, const int* panels, const float* const* row, int columns,
                                   float* gathered, float* c, int64_t ldc) {
   const int64_t most = GATHERED_BYTES / 4 / columns / PANEL * PANEL;
   const int step = most < PANEL ? PANEL : (int)most;
   for (int k = 0; k < n; k += step) {
     const int some = n - k < step ? n - k : step;
     gather_columns(row + k, some, columns, gathered);
-    times_columns(a + k, rs, 1, rows, some, gathered, columns, c, ldc);
+    times_columns(a + k, rs, 1, rows, some, gathered, some, columns, c, ldc, panels, k);
   }
 }
 

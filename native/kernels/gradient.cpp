@@ -1,4 +1,5 @@
 // Gradients of one tile: P again from lse, dV += P^T dO, dS = P * (dO V^T + shift), dQ += dS K, dK += dS^T Q.
+#include "kernels/ends.h"
 #include "kernels/functions.h"
 #include "kernels/gemm.h"
 #include "kernels/logits.h"
@@ -53,13 +54,25 @@ void gradient(const TileGradient& g) {
       const int there = (int)(t.kv_len - base < PANEL ? t.kv_len - base : PANEL);
       for (int i = 0; i < there; ++i) row[rows++] = g.k_rows + (base + i) * wide_d;
     }
-    times_panels(q, t.q_stride, t.rows, t.d, panel, count, s, STRIDE);
-    times_panels(g.d_out, wide_v, t.rows, t.dv, value_panel, count, slope, STRIDE);
+    Ends ends;
+    if (gathers && !g.d_bias_row) ends.find(t, n, count);
+    if (ends.early) {
+      for (int p = 0; p < count; ++p)
+        ends.each_run(t.rows, p, [&](int r, int some) {
+          const int at = r * STRIDE + p * PANEL;
+          times_panels(q + r * t.q_stride, t.q_stride, some, t.d, panel + p, 1, s + at, STRIDE);
+          times_panels(g.d_out + r * wide_v, wide_v, some, t.dv, value_panel + p, 1, slope + at, STRIDE);
+        });
+    } else {
+      times_panels(q, t.q_stride, t.rows, t.d, panel, count, s, STRIDE);
+      times_panels(g.d_out, wide_v, t.rows, t.dv, value_panel, count, slope, STRIDE);
+    }
     for (int r = 0; r < t.rows; ++r) {
+      const int own = ends.of(r, count);
       float *sr = s + r * STRIDE, *dr = slope + r * STRIDE, *cr = capped + r * STRIDE;
-      if (touched) shape_logits(t, n, count, r, sr, cap ? cr : nullptr);
+      if (touched) shape_logits(t, n, own, r, sr, cap ? cr : nullptr);
       const float base = g.lse[r] == -infinity ? 0.0f : g.lse[r] * LOG2E;
-      for (int i = 0; i < count * PANEL; i += LANES) {
+      for (int i = 0; i < own * PANEL; i += LANES) {
         const vf logit = load(sr + i);
         // a row whose lse is NaN weighs the keys that are hidden from it by zero all the same
         const vf p = select(logit == splat(-infinity), vf{}, exp2_<6>(logit * unit - base));
@@ -75,7 +88,7 @@ void gradient(const TileGradient& g) {
           for (int i = 0; i < there; ++i) to[(key + i) * g.d_bias_stride] += dr[p * PANEL + i];
         }
       }
-      for (int i = 0; i < count * PANEL; i += LANES) {
+      for (int i = 0; i < own * PANEL; i += LANES) {
         vf x = load(dr + i) * t.scale;
         if (cap) {
           const vf c = load(cr + i) / t.softcap;
@@ -85,15 +98,18 @@ void gradient(const TileGradient& g) {
       }
     }
     if (gathers)
-      times_gathered(slope, STRIDE, t.rows, rows, row, (int)wide_d, gathered_keys, g.dq, wide_d);
+      times_gathered(slope, STRIDE, t.rows, rows, ends.given(), row, (int)wide_d, gathered_keys, g.dq, wide_d);
     else
       times_rows(slope, STRIDE, 1, t.rows, rows, row, (int)wide_d, g.dq, wide_d);
     for (int p = 0; p < count; ++p) {
       const int64_t key = (int64_t)t.panel[n + p] * PANEL;
       const int there = (int)(t.kv_len - key < PANEL ? t.kv_len - key : PANEL);
       if (gathers) {
-        times_columns(s + p * PANEL, 1, STRIDE, there, t.rows, gathered_pull, (int)wide_v, g.dv + key * wide_v, wide_v);
-        times_columns(slope + p * PANEL, 1, STRIDE, there, t.rows, gathered_query, (int)wide_d, g.dk + key * wide_d, wide_d);
+        ends.each_run(t.rows, p, [&](int r, int some) {
+          const int at = r * STRIDE + p * PANEL;
+          times_columns(s + at, 1, STRIDE, there, some, gathered_pull + r * PANEL, t.rows, (int)wide_v, g.dv + key * wide_v, wide_v);
+          times_columns(slope + at, 1, STRIDE, there, some, gathered_query + r * PANEL, t.rows, (int)wide_d, g.dk + key * wide_d, wide_d);
+        });
       } else {
         times_rows(s + p * PANEL, 1, STRIDE, there, t.rows, pull, (int)wide_v, g.dv + key * wide_v, wide_v);
         times_rows(slope + p * PANEL, 1, STRIDE, there, t.rows, query, (int)wide_d, g.dk + key * wide_d, wide_d);
