@@ -416,14 +416,17 @@ NB_MODULE(_native, m) {
         },
         "a"_a, "top_k"_a, "out"_a, "lse"_a, "index"_a, "counts"_a.none(), nb::call_guard<nb::gil_scoped_release>());
   m.def("ternary_linear",
-        [](const View& codes, const View& alpha, int64_t rows, int64_t columns, const View& x, bool int8, const View& out,
-           int threads) {
+        [](const View& codes, const View& alpha, int64_t rows, int64_t columns, int64_t fewest, const View& x, bool int8,
+           const View& out, int threads) {
           ternary_linear(TernaryWeights{static_cast<const int32_t*>(codes.data), rows, columns, static_cast<const float*>(alpha.data),
-                                        alpha.shape[3] > 1 ? 1 : 0},
+                                        alpha.shape[3] > 1 ? 1 : 0, fewest},
                          x, int8, out, threads);
         },
-        "codes"_a, "alpha"_a, "rows"_a, "columns"_a, "x"_a, "int8"_a, "out"_a, "threads"_a,
+        "codes"_a, "alpha"_a, "rows"_a, "columns"_a, "fewest"_a, "x"_a, "int8"_a, "out"_a, "threads"_a,
         nb::call_guard<nb::gil_scoped_release>());
+  m.def("ternary_fewest",
+        [](const View& codes, int64_t rows, int64_t columns) { return ternary_fewest(static_cast<const int32_t*>(codes.data), rows, columns); },
+        "codes"_a, "rows"_a, "columns"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("diagonal_scan",
         [](const View& x, const View& a, const View& start, const View& out, bool reverse, int threads) {
           diagonal_scan(x, static_cast<const float*>(a.data), static_cast<const float*>(start.data), out, reverse, threads);

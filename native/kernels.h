@@ -279,7 +279,7 @@ struct Kernels {
   int64_t ternary_many_blocks;    // row blocks that ternary_many takes
   int64_t ternary_scratch_floats; // scratch of ternary_many
   int64_t (*ternary_table_floats)(int64_t groups);  // of a token of so many groups of columns
-  void (*ternary_tables)(const float* x, int64_t groups, float* tables);
+  void (*ternary_tables)(const float* x, int64_t groups, int64_t fewest, float* tables);
   void (*ternary_few)(const TernaryTask& t);   // x: tables
   void (*ternary_split)(const float* x, int64_t stride, int64_t rows, int64_t groups, int64_t parts, uint16_t* out);
   void (*ternary_many)(const TernaryTask& t);  // x: fp32 rows, or what ternary_split wrote

@@ -42,7 +42,7 @@ void few(const Product& p) {
   Buffer<float> tables(p.tokens * table), x(p.padded());
   for (int64_t t = 0; t < p.tokens; ++t) {
     p.read(t, t + 1, x.get());
-    p.k.ternary_tables(x.get(), p.groups, tables.get() + t * table);
+    p.k.ternary_tables(x.get(), p.groups, p.w.fewest, tables.get() + t * table);
   }
   Buffer<float> space(p.threads * FEW * row);
   parallel_for((p.blocks + BLOCKS - 1) / BLOCKS, p.threads, [&](int64_t item, int thread) {
@@ -133,6 +133,21 @@ void eight_bit(const Product& p) {
 }
 
 }  // namespace
+
+int64_t ternary_fewest(const int32_t* codes, int64_t rows, int64_t columns) {
+  const int64_t groups = (columns + TERNARY_COLUMNS - 1) / TERNARY_COLUMNS;
+  int64_t fewest = columns;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int32_t* word = codes + row / TERNARY_ROWS * groups * TERNARY_ROWS + row % TERNARY_ROWS;
+    int64_t count = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      const uint32_t other = static_cast<uint32_t>(word[g * TERNARY_ROWS]) ^ 0x55555555u;  // zeros of trits are code 1
+      count += __builtin_popcount((other | other >> 1) & 0x55555555u);
+    }
+    fewest = std::min(fewest, count);
+  }
+  return fewest;
+}
 
 void ternary_linear(const TernaryWeights& w, const View& x, bool int8, const View& out, int threads) {
   const Kernels& k = kernels();

@@ -17,7 +17,11 @@ struct TernaryWeights {
   int64_t rows, columns;
   const float* alpha;    // one scale, or one a row
   int64_t alpha_stride;  // 0 or 1
+  int64_t fewest;        // trits that are not zero, of the row that has fewest; 0 where nobody counted
 };
+
+// `fewest` of these codes
+int64_t ternary_fewest(const int32_t* codes, int64_t rows, int64_t columns);
 
 // x [tokens, columns] and out [tokens, rows] are the last two axes, in fp32, fp16 or bf16. Sums are at least as exact as sums in
 // fp32; with `int8` every token is first rounded to 8 bits under its own scale, max |x| / 127, and sums are exact integers.

@@ -13,7 +13,7 @@ import sieve_attn
 from sieve_attn import native
 from sieve_attn.layers import PackedTernaryLinear, TernaryLinear, pack_ternary, packing
 from sieve_attn.layers.rotation import Rotation
-from sieve_attn.layers.ternary_op import reference, round_tokens, ternary_linear, ternary_linear_op, two_bits
+from sieve_attn.layers.ternary_op import fewest, reference, round_tokens, ternary_linear, ternary_linear_op, two_bits
 from sieve_attn.testing import assert_close
 
 LEVELS = native.module().levels() if not native.missing() else []
@@ -307,6 +307,40 @@ def test_rows_that_read_small_channels_alone_keep_their_digits(level, columns, s
     trits[:32, ~few] = 0
     got, expected = ternary_linear(x, packing.pack(trits), alpha, 48).double(), exact(x, trits, alpha)
     assert ((got - expected).abs() <= 4 * torch.finfo(torch.float32).eps * exact(x.abs(), trits.abs(), alpha)).all()
+
+
+@pytest.mark.parametrize("columns", [800, 1024, 4096])
+def test_sums_of_normal_tokens_round_less_than_sums_of_floats(level, columns):
+    x, trits, alpha = problem(256, columns, 2)
+    got, plain = ternary_linear(x, packing.pack(trits), alpha, 256), functional.linear(x, trits.float()) * alpha
+    expected, mass = exact(x, trits, alpha), exact(x.abs(), trits.abs(), alpha)
+    rms = [((y.double() - expected) / mass).pow(2).mean().sqrt() for y in (got, plain)]
+    assert rms[0] <= rms[1] * (1 if level == "avx2" else 2)  # others add floats too, in another order
+
+
+def test_roundings_that_all_go_one_way_stay_within_their_bound(level):
+    # entries that lie just below the middle between two numbers of three digits, and one that sets their unit
+    columns = 2048
+    unit = 1.0 / 8355000
+    x = torch.full((1, columns), 0.0)
+    x[0] = (torch.arange(columns) % 700 + 1_000_000 + 0.49).double().mul(unit).float()
+    x[0, 5] = 1.0
+    trits = torch.ones(32, columns, dtype=torch.long)
+    trits[16:, 5] = 0
+    got, expected = ternary_linear(x, packing.pack(trits), torch.ones(1), 32), exact(x, trits, torch.ones(1))
+    assert ((got.double() - expected).abs() <= 2.0**-20 * exact(x.abs(), trits.abs(), torch.ones(1))).all()
+
+
+def test_trits_written_into_codes_are_counted_again(level):
+    x, trits, alpha = problem(32, 2000, 1)
+    x[0, :40] *= 1e-5
+    codes = packing.pack(trits)
+    ternary_linear(x, codes, alpha, 32)
+    trits[3, 40:] = 0  # a row that reads small channels alone
+    codes.copy_(packing.pack(trits))
+    got, expected = ternary_linear(x, codes, alpha, 32).double(), exact(x, trits, alpha)
+    assert ((got - expected).abs() <= 4 * torch.finfo(torch.float32).eps * exact(x.abs(), trits.abs(), alpha)).all()
+    assert fewest(codes, 32, 2000) == int((trits != 0).sum(1).min())
 
 
 @pytest.mark.parametrize("eight", [False, True])

@@ -48,7 +48,7 @@ int64_t ternary_few_tokens();
 int64_t ternary_many_blocks();
 int64_t ternary_scratch_floats();
 int64_t ternary_table_floats(int64_t groups);
-void ternary_tables(const float* x, int64_t groups, float* tables);
+void ternary_tables(const float* x, int64_t groups, int64_t fewest, float* tables);
 void ternary_few(const TernaryTask& t);
 void ternary_split(const float* x, int64_t stride, int64_t rows, int64_t groups, int64_t parts, uint16_t* out);
 void ternary_many(const TernaryTask& t);

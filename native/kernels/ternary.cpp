@@ -21,7 +21,8 @@ constexpr int HEADER_FLOATS = 0, GROUP_FLOATS = 16;  // the columns
 
 int64_t ternary_table_floats(int64_t groups) { return HEADER_FLOATS + GROUP_FLOATS * groups; }
 
-void ternary_tables(const float* x, int64_t groups, float* tables) {
+void ternary_tables(const float* x, int64_t groups, int64_t fewest, float* tables) {
+  (void)fewest;
 #if defined(__AVX512F__)
   // entry (4 * second + first) of a pair; products, so that 0 * inf is NaN as in a product with floats
   const __m512 low = _mm512_set_ps(2, 1, 0, -1, 2, 1, 0, -1, 2, 1, 0, -1, 2, 1, 0, -1);
@@ -34,7 +35,7 @@ void ternary_tables(const float* x, int64_t groups, float* tables) {
 #else
   float* to = tables + HEADER_FLOATS;
 #if defined(__AVX2__)
-  const Digits digits = digits_of(x, groups * 16, reinterpret_cast<int8_t*>(to), reinterpret_cast<Small*>(to + groups * 16), groups);
+  const Digits digits = digits_of(x, groups * 16, fewest, reinterpret_cast<int8_t*>(to), reinterpret_cast<Small*>(to + groups * 16), groups);
   memcpy(tables, &digits, sizeof(digits));
   if (digits.unit > 0.0) return;
 #endif

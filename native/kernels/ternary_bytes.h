@@ -6,6 +6,11 @@
 // entry is rounded to 2^-21 of itself at most, and then the result. Low digits that are zero in every entry are not multiplied: of
 // entries that were bf16 or fp16, whose mantissas are short, the lowest always is, and where few entries of a bf16 token lie below
 // 2^23 units, those are added as floats too and two digits are left.
+//
+// Any other token needs three, of a finer unit, where no row can be rounded by more than 2^-20 of the sum of its |x_c| (sums of floats
+// in eight chains may be by 2^-24 times an eighth of the channels). A row with m trits that are not zero loses at most m / 2 units, and
+// holds at least the m smallest |x_c|; what that is to a row grows with m, so the row with fewest trits decides. Where roundings are
+// independent it is some 2^-28 of 4,096 normal entries, less than the 2^-26 of sums of floats.
 #pragma once
 #include <cmath>
 
@@ -20,6 +25,9 @@ namespace SIEVE_LEVEL {
 
 constexpr int32_t EXACT = 1 << 20;              // units from which an entry keeps the digits of a float
 constexpr int32_t HIGH_HALF = 1 << 23;          // units from which the upper two digits hold the mantissa of a bf16
+constexpr float THREE = 8355000.0f;            // the largest number of three digits, and a little less
+constexpr float LOSS = 9.5367431640625e-7f;     // 2^-20
+constexpr int64_t MANY = 512;                   // trits from which independent roundings cancel better than those of float sums
 constexpr float SMALL = 1e-27f, LARGE = 1e30f;   // magnitudes between which units are normal numbers
 constexpr int64_t WIDE = int64_t{1} << 16;       // groups up to which sums are exact in a double
 
@@ -38,8 +46,8 @@ constexpr int HEADER_FLOATS = sizeof(Digits) / sizeof(float);
 
 static inline double sum(__m256d x) { return x[0] + x[1] + x[2] + x[3]; }
 
-// The unit of a token, or 0
-static inline float unit_of(const float* x, int64_t n) {
+// The largest size of an entry, or 0 where digits cannot hold the token
+static inline float largest_of(const float* x, int64_t n) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   __m256 most = _mm256_setzero_ps();
   __m256d mass = _mm256_setzero_pd();
@@ -51,10 +59,39 @@ static inline float unit_of(const float* x, int64_t n) {
   float high = 0.0f;
   for (int l = 0; l < 8; ++l) high = most[l] > high ? most[l] : high;
   // not finite: `mass` is not
-  if (!(high > SMALL && high < LARGE) || !(sum(mass) < INFINITY) || n > WIDE * 16) return 0.0f;
+  return high > SMALL && high < LARGE && sum(mass) < INFINITY && n <= WIDE * 16 ? high : 0.0f;
+}
+
+// The unit of four digits
+static inline float unit_of(float high) {
   int e;
   const float fraction = frexpf(high, &e);
   return ldexpf(1.0f, fraction < 0.99f ? e - 31 : e - 30);  // four digits hold 127.5 * 2^24 at most
+}
+
+// Whether rows of at least `fewest` entries lose no more than LOSS of the sum of their sizes in units of high / THREE. The sum of
+// the smallest entries is counted in layers: what is at least level j lies above all layers below.
+static inline bool three_suffice(const float* x, int64_t n, int64_t fewest, float high) {
+  constexpr int LEVELS = 8;
+  const float layer = high / 32.0f;
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  __m256i reach[LEVELS];
+  for (int j = 0; j < LEVELS; ++j) reach[j] = _mm256_setzero_si256();
+  for (int64_t i = 0; i < n; i += 8) {
+    const __m256 y = _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i));
+#pragma GCC unroll 8
+    for (int j = 0; j < LEVELS; ++j)
+      reach[j] = _mm256_sub_epi32(reach[j], _mm256_castps_si256(_mm256_cmp_ps(y, _mm256_set1_ps(layer * (float)(j + 1)), _CMP_GE_OQ)));
+  }
+  double least = 0.0;
+  for (int j = 0; j < LEVELS; ++j) {
+    const vi lanes = (vi)reach[j];
+    int64_t there = 0;
+    for (int l = 0; l < 8; ++l) there += lanes[l];
+    const int64_t certain = fewest - (n - there);  // of a row's entries reach this level
+    least += certain > 0 ? (double)certain * layer : 0.0;
+  }
+  return (double)fewest * 0.5 * (high / THREE) <= LOSS * least;
 }
 
 // Whether every entry has the mantissa of a bf16
@@ -64,9 +101,11 @@ static inline bool short_mantissas(const float* x, int64_t n) {
   return _mm256_testz_si256(bits, _mm256_set1_epi32(0xffff)) != 0;
 }
 
-// 16 columns a group: 4 columns by 4 digits in each half of 32 bytes. Entries below `least` units are listed, `most` of them at most.
-static inline Digits write_digits(const float* x, int64_t n, float unit, int32_t least, int8_t* out, Small* list, int64_t most) {
-  const __m256 scale = _mm256_set1_ps(1.0f / unit);
+// 16 columns a group: 4 columns by 4 digits in each half of 32 bytes. A unit is 2^-low / by, of which entries are multiples of 2^low.
+// Entries below `least` units are listed, `most` of them at most.
+static inline Digits write_digits(const float* x, int64_t n, float by, int low, int32_t least, int8_t* out, Small* list, int64_t most) {
+  const __m256 scale = _mm256_set1_ps(by);
+  const __m128i shift = _mm_cvtsi32_si128(low);
   const __m256i half = _mm256_set1_epi32(0x00808080);
   const __m256i by_digit = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   __m256d total = _mm256_setzero_pd();
@@ -74,33 +113,36 @@ static inline Digits write_digits(const float* x, int64_t n, float unit, int32_t
   int32_t count = 0;
   for (int64_t i = 0; i < n; i += 8) {
     const __m256 y = _mm256_loadu_ps(x + i);
-    __m256i whole = _mm256_cvtps_epi32(_mm256_mul_ps(y, scale));
-    const __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32(least), _mm256_abs_epi32(whole));
-    uint32_t bits = (uint32_t)_mm256_movemask_ps(_mm256_and_ps(_mm256_castsi256_ps(low), _mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
+    __m256i whole = _mm256_sll_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(y, scale)), shift);
+    const __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(least), _mm256_abs_epi32(whole));
+    uint32_t bits = (uint32_t)_mm256_movemask_ps(_mm256_and_ps(_mm256_castsi256_ps(small), _mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
     for (; bits; bits &= bits - 1) {
       if (count == most) return {};
       const int64_t c = i + __builtin_ctz(bits);
       list[count++] = {{-x[c], 0.0f, x[c], 0.0f}, (int32_t)(c / 16 * 16), (int32_t)(8 * (c % 4) + 2 * (c % 16 / 4))};
     }
-    whole = _mm256_andnot_si256(low, whole);
+    whole = _mm256_andnot_si256(small, whole);
     used = _mm256_or_si256(used, whole);
     total = _mm256_add_pd(total, _mm256_add_pd(_mm256_cvtepi32_pd(_mm256_castsi256_si128(whole)), _mm256_cvtepi32_pd(_mm256_extracti128_si256(whole, 1))));
     const __m256i digits = _mm256_xor_si256(_mm256_add_epi32(whole, half), half);  // a digit above 127 carries
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * 4), _mm256_shuffle_epi8(digits, by_digit));
   }
   const int32_t skip = _mm256_testz_si256(used, _mm256_set1_epi32(0xffff)) ? 2 : _mm256_testz_si256(used, _mm256_set1_epi32(0xff)) ? 1 : 0;
-  return {unit, sum(total), count, skip};
+  return {1.0 / ((double)by * (double)(1 << low)), sum(total), count, skip};
 }
 
 // The digits of a token behind their header; unit 0 where floats must do
-static inline Digits digits_of(const float* x, int64_t n, int8_t* out, Small* list, int64_t most) {
-  const float unit = unit_of(x, n);
-  if (!(unit > 0.0f)) return {};
+static inline Digits digits_of(const float* x, int64_t n, int64_t fewest, int8_t* out, Small* list, int64_t most) {
+  const float high = largest_of(x, n);
+  if (!(high > 0.0f)) return {};
+  const float by = 1.0f / unit_of(high);
   if (short_mantissas(x, n)) {
-    const Digits half = write_digits(x, n, unit, HIGH_HALF, out, list, most / 2);
+    const Digits half = write_digits(x, n, by, 0, HIGH_HALF, out, list, most / 2);
     if (half.unit > 0.0) return half;
   }
-  return write_digits(x, n, unit, EXACT, out, list, most);
+  const Digits four = write_digits(x, n, by, 0, EXACT, out, list, most);
+  if (four.skip > 0 || fewest < MANY || !three_suffice(x, n, fewest, high)) return four;
+  return write_digits(x, n, THREE / high, 8, 0, out, list, most);
 }
 
 // Sums of 16 rows: codes times each of T lines of bytes, of which four columns lie together, the next four `step` bytes on, the

@@ -32,7 +32,8 @@ struct Matrix {
   }
   double scale(int64_t row) const { return reinterpret_cast<const float*>(alpha.data())[alphas > 1 ? row : 0]; }
   TernaryWeights weights() const {
-    return {reinterpret_cast<const int32_t*>(codes.data()), rows, columns, reinterpret_cast<const float*>(alpha.data()), alphas > 1};
+    const int32_t* c = reinterpret_cast<const int32_t*>(codes.data());
+    return {c, rows, columns, reinterpret_cast<const float*>(alpha.data()), alphas > 1, ternary_fewest(c, rows, columns)};
   }
 };
 

@@ -16,6 +16,7 @@ from sieve_attn.layers import packing
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _EXPANDED = WeakTensorKeyDictionary()  # codes in base 3 -> (their version, the same in two bits)
+_FEWEST = WeakTensorKeyDictionary()  # codes in two bits -> (their version, trits that are not zero in the row that has fewest)
 
 
 def two_bits(codes: Tensor, rows: int, columns: int) -> Tensor:
@@ -27,6 +28,17 @@ def two_bits(codes: Tensor, rows: int, columns: int) -> Tensor:
     known = _EXPANDED.get(codes)
     if known is None or known[0] != codes._version:
         known = _EXPANDED[codes] = (codes._version, packing.pack(packing.unpack(codes, rows, columns)))
+    return known[1]
+
+
+def fewest(codes: Tensor, rows: int, columns: int) -> int:
+    """Trits that are not zero in the row of two-bit ``codes`` that has fewest, counted once; 0 where nobody would see a change."""
+    if codes.is_inference():
+        return 0
+    known = _FEWEST.get(codes)
+    if known is None or known[0] != codes._version:
+        count = native.module().ternary_fewest(native.view(codes), rows, columns)
+        known = _FEWEST[codes] = (codes._version, count)
     return known[1]
 
 
@@ -61,7 +73,8 @@ def _compute(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool) -> 
         flat, to = (x, out) if len(lead) < 2 else (x.reshape(-1, columns), out.view(-1, rows))
         words = two_bits(codes, rows, columns)
         see, threads = native.view, native.threads(x)
-        native.module().ternary_linear(see(words), see(alpha), rows, columns, see(flat), int8, see(to), threads)
+        trits = fewest(words, rows, columns)
+        native.module().ternary_linear(see(words), see(alpha), rows, columns, trits, see(flat), int8, see(to), threads)
     return out
 
 
