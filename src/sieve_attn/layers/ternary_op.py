@@ -32,7 +32,7 @@ def two_bits(codes: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def fewest(codes: Tensor, rows: int, columns: int) -> int:
-    """Trits that are not zero in the row of two-bit ``codes`` that has fewest, counted once; 0 where nobody would see a change."""
+    """Trits that are not zero in the row of two-bit ``codes`` that has fewest, counted once; 0 where changes go unseen."""
     if codes.is_inference():
         return 0
     known = _FEWEST.get(codes)
