@@ -159,19 +159,13 @@ def gate(machines: dict[str, list[Row]]) -> str:
 
 def layers(machines: dict[str, list[Row]]) -> str:
     """Number-theoretic patterns over SDPA, packed weights over `functional.linear`."""
-    goals = {
-        ("primes", "float32"): 3.5,
-        ("primes", "bfloat16"): 4.0,
-        ("squares", "float32"): 12.0,
-        ("mian-chowla", "float32"): 18.0,
-    }
     titles = {"primes": "primes (density .124)", "squares": "squares (.011)", "mian-chowla": "Mian-Chowla (.0075)"}
 
     def lines() -> Iterator[list[str]]:
         for pattern, title in titles.items():
             for dtype in SHORT:
-                goal = goals.get((pattern, dtype))
-                found = (one(rows, group="index", case=f"{pattern}, auto", dtype=dtype) for rows in machines.values())
+                found = [one(rows, group="index", case=f"{pattern}, auto", dtype=dtype) for rows in machines.values()]
+                goal = goal_of(found[0], "ratio_sdpa")
                 yield [
                     f"{title}, {SHORT[dtype]}",
                     *(figure(row["ratio_sdpa"], goal) + "x" for row in found),
@@ -184,8 +178,9 @@ def layers(machines: dict[str, list[Row]]) -> str:
                 times = [1 / one(rows, group="index", case=f"{pattern}, backward", dtype=dtype)["ratio"] for pattern in titles]
                 cells.append(", ".join(rounded(x, 1, 3.0) for x in times))
             yield [f"backward over forward, {SHORT[dtype]}: primes, squares, Mian-Chowla", *cells, "at most 3"]
-        for dtype, goal in (("float32", 6.0), ("bfloat16", 3.0)):
-            found = (one(rows, group="ternary", case="packed product x 1", dtype=dtype) for rows in machines.values())
+        for dtype in SHORT:
+            found = [one(rows, group="ternary", case="packed product x 1", dtype=dtype) for rows in machines.values()]
+            goal = goal_of(found[0], "ratio")
             yield [
                 f"packed ternary 4,096 x 4,096 matrix-vector, {SHORT[dtype]}",
                 *(figure(row["ratio"], goal) + "x" for row in found),

@@ -26,7 +26,7 @@ namespace SIEVE_LEVEL {
 constexpr int32_t EXACT = 1 << 20;              // units from which an entry keeps the digits of a float
 constexpr int32_t HIGH_HALF = 1 << 23;          // units from which the upper two digits hold the mantissa of a bf16
 constexpr float THREE = 8355000.0f;            // the largest number of three digits, and a little less
-constexpr float LOSS = 9.5367431640625e-7f;     // 2^-20
+constexpr float LOSS = 14.9f / 16777216.0f;     // 2^-20, less 2^-24 for the product that makes an entry a number of units
 constexpr int64_t MANY = 512;                   // trits from which independent roundings cancel better than those of float sums
 constexpr float SMALL = 1e-27f, LARGE = 1e30f;   // magnitudes between which units are normal numbers
 constexpr int64_t WIDE = int64_t{1} << 16;       // groups up to which sums are exact in a double
