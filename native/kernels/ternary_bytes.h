@@ -46,20 +46,30 @@ constexpr int HEADER_FLOATS = sizeof(Digits) / sizeof(float);
 
 static inline double sum(__m256d x) { return x[0] + x[1] + x[2] + x[3]; }
 
-// The largest size of an entry, or 0 where digits cannot hold the token
-static inline float largest_of(const float* x, int64_t n) {
+struct Look {
+  float high;      // the largest size of an entry, or 0 where digits cannot hold the token
+  uint32_t bits;  // that are set in an entry
+};
+
+static inline Look look_at(const float* x, int64_t n) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
-  __m256 most = _mm256_setzero_ps();
-  __m256d mass = _mm256_setzero_pd();
+  __m256 most = _mm256_setzero_ps(), bits = _mm256_setzero_ps(), other = _mm256_setzero_ps();
   for (int64_t i = 0; i < n; i += 8) {
-    const __m256 y = _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i));
-    most = _mm256_max_ps(most, y);
-    mass = _mm256_add_pd(mass, _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(y)), _mm256_cvtps_pd(_mm256_extractf128_ps(y, 1))));
+    const __m256 y = _mm256_loadu_ps(x + i);
+    most = _mm256_max_ps(most, _mm256_andnot_ps(sign, y));
+    other = _mm256_or_ps(other, _mm256_cmp_ps(y, y, _CMP_UNORD_Q));  // a maximum forgets NaN
+    bits = _mm256_or_ps(bits, y);
   }
-  float high = 0.0f;
-  for (int l = 0; l < 8; ++l) high = most[l] > high ? most[l] : high;
-  // not finite: `mass` is not
-  return high > SMALL && high < LARGE && sum(mass) < INFINITY && n <= WIDE * 16 ? high : 0.0f;
+  Look found{0.0f, 0};
+  for (int l = 0; l < 8; ++l) {
+    uint32_t word;
+    memcpy(&word, reinterpret_cast<const float*>(&bits) + l, 4);
+    found.bits |= word;
+    found.high = most[l] > found.high ? most[l] : found.high;
+  }
+  const bool known = _mm256_movemask_ps(other) == 0 && found.high > SMALL && found.high < LARGE;
+  if (!known || n > WIDE * 16) found.high = 0.0f;
+  return found;
 }
 
 // The unit of four digits
@@ -94,13 +104,6 @@ static inline bool three_suffice(const float* x, int64_t n, int64_t fewest, floa
   return (double)fewest * 0.5 * (high / THREE) <= LOSS * least;
 }
 
-// Whether every entry has the mantissa of a bf16
-static inline bool short_mantissas(const float* x, int64_t n) {
-  __m256i bits = _mm256_setzero_si256();
-  for (int64_t i = 0; i < n; i += 8) bits = _mm256_or_si256(bits, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)));
-  return _mm256_testz_si256(bits, _mm256_set1_epi32(0xffff)) != 0;
-}
-
 // 16 columns a group: 4 columns by 4 digits in each half of 32 bytes. A unit is 2^-low / by, of which entries are multiples of 2^low.
 // Entries below `least` units are listed, `most` of them at most.
 static inline Digits write_digits(const float* x, int64_t n, float by, int low, int32_t least, int8_t* out, Small* list, int64_t most) {
@@ -133,16 +136,16 @@ static inline Digits write_digits(const float* x, int64_t n, float by, int low, 
 
 // The digits of a token behind their header; unit 0 where floats must do
 static inline Digits digits_of(const float* x, int64_t n, int64_t fewest, int8_t* out, Small* list, int64_t most) {
-  const float high = largest_of(x, n);
-  if (!(high > 0.0f)) return {};
-  const float by = 1.0f / unit_of(high);
-  if (short_mantissas(x, n)) {
+  const Look seen = look_at(x, n);
+  if (!(seen.high > 0.0f)) return {};
+  const float by = 1.0f / unit_of(seen.high);
+  if (!(seen.bits & 0xffff)) {  // mantissas of bf16
     const Digits half = write_digits(x, n, by, 0, HIGH_HALF, out, list, most / 2);
     if (half.unit > 0.0) return half;
   }
-  const Digits four = write_digits(x, n, by, 0, EXACT, out, list, most);
-  if (four.skip > 0 || fewest < MANY || !three_suffice(x, n, fewest, high)) return four;
-  return write_digits(x, n, THREE / high, 8, 0, out, list, most);
+  const bool few_digits = (seen.bits & 0x1fff) == 0;  // mantissas of fp16 have three of the four
+  if (!few_digits && fewest >= MANY && three_suffice(x, n, fewest, seen.high)) return write_digits(x, n, THREE / seen.high, 8, 0, out, list, most);
+  return write_digits(x, n, by, 0, EXACT, out, list, most);
 }
 
 // Sums of 16 rows: codes times each of T lines of bytes, of which four columns lie together, the next four `step` bytes on, the
@@ -204,10 +207,15 @@ static inline void add_digits(const TernaryTask& t, const Digits& d, const int8_
       rest[h] = _mm256_add_ps(rest[h], _mm256_permutevar_ps(products, _mm256_srl_epi32(words, shift)));
     }
   }
-  for (int r = 0; r < 16; ++r) {
-    double whole = digit[3][r];
-    for (int i = 2; i >= 0; --i) whole = whole * 256.0 + (i < d.skip ? 0 : digit[i][r]);
-    sums[r] = (float)((whole - d.total) * d.unit + (double)rest[r / 8][r % 8]);
+  const __m256d total = _mm256_set1_pd(d.total), unit = _mm256_set1_pd(d.unit), base = _mm256_set1_pd(256.0);
+  for (int r = 0; r < 16; r += 4) {
+    const auto part = [&](int i) { return _mm256_cvtepi32_pd(_mm_loadu_si128(reinterpret_cast<const __m128i*>(digit[i] + r))); };
+    __m256d whole = part(3);
+    for (int i = 2; i >= d.skip; --i) whole = _mm256_fmadd_pd(whole, base, part(i));
+    for (int i = 0; i < d.skip; ++i) whole = _mm256_mul_pd(whole, base);
+    const __m128 floats = r % 8 ? _mm256_extractf128_ps(rest[r / 8], 1) : _mm256_castps256_ps128(rest[r / 8]);
+    const __m256d sum = _mm256_fmadd_pd(_mm256_sub_pd(whole, total), unit, _mm256_cvtps_pd(floats));
+    _mm_storeu_ps(sums + r, _mm256_cvtpd_ps(sum));
   }
 }
 
