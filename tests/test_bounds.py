@@ -137,6 +137,33 @@ def test_sketch_brackets_hold_the_sum(seed, n, d, size, hidden):
         assert upper <= np.logaddexp.reduce(sketched + each) + 1e-12
 
 
+@LAWS
+@given(seeds(), st.integers(1, 20), st.floats(1, 400), st.floats(1, 400), st.sampled_from(["numpy", "torch"]))
+def test_sketch_brackets_hold_the_worst_of_spread_out_logits(seed, n, low, size, namespace):
+    # fp32 weights underflow 100 below the largest: a key that seems to weigh nothing may be the one that is hardly known
+    rng = np.random.default_rng(seed)
+    sketched, error = rng.normal(size=n), rng.random(n)
+    unknown = rng.random(n) < 0.3
+    sketched = np.where(unknown, -low * rng.random(n), sketched).astype(np.float32)
+    error = np.where(unknown, size * error, error).astype(np.float32)
+    spectral = np.float32(np.linalg.norm(error.astype(np.float64)) * (1 + 1e-6))
+    moved = error * np.where(rng.random(n) < 0.8, 1.0, rng.uniform(-1, 1, n))
+    wide = xp if namespace == "numpy" else _torch()
+    given_as = [np.asarray(x) if namespace == "numpy" else torch.as_tensor(x) for x in (sketched, error, spectral)]
+    slack = 1e-6 * (1 + np.abs(sketched) + error).max()
+    for sign in (1.0, -1.0):
+        truth = np.logaddexp.reduce(sketched.astype(np.float64) + sign * moved)
+        assert float(bounds.sketch_upper(wide, *given_as)) >= truth - slack
+        assert float(bounds.sketch_lower(wide, *given_as)) <= truth + slack
+
+
+def test_a_key_that_is_nearly_unknown_counts_though_it_seems_to_weigh_nothing():
+    # e^-157 is no fp32 number, but with its error the key may weigh e^394
+    sketched, error = np.array([-159.5, -2.5], np.float32), np.array([553.5, 3.5], np.float32)
+    upper = bounds.sketch_upper(xp, sketched, error, np.float32(554.0))
+    assert upper == pytest.approx(553.5 - 159.5)
+
+
 def test_sketch_bounds_of_nothing():
     nothing, zero = np.full((2, 4), -np.inf), np.zeros((2, 4))
     assert (bounds.sketch_upper(xp, nothing, zero, np.zeros(2)) == -np.inf).all()

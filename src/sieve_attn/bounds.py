@@ -101,7 +101,8 @@ def sketch_upper(xp: Any, weight_log: Array, key_error: Array, spectral: Array, 
     shift = xp.where(xp.isfinite(top), top, 0.0)
     w = xp.exp(weight_log - shift[..., None])
     w_error = xp.where(w > 0, w * key_error, 0.0)
-    largest = xp.amax(xp.where(w > 0, key_error, 0.0), -1)
+    # of every key that is there: a weight too small for a float may belong to a key that is nearly unknown
+    largest = xp.amax(xp.where(weight_log == -math.inf, 0.0, key_error), -1)
     first = xp.minimum(spectral * xp.sqrt((w * w).sum(-1)), w_error.sum(-1))
     second = xp.minimum(xp.amax(w, -1) * spectral * spectral, xp.where(w > 0, w_error * key_error, 0.0).sum(-1))
     # phi is increasing, so where E is large enough to overflow the plain bound is the one that counts

@@ -121,6 +121,18 @@ def denormal(seed: int, shape: Shape = Shape(), dtype: torch.dtype = torch.float
     return (2 * q).to(dtype), k.to(dtype), v.to(dtype)
 
 
+def late_channels(seed: int, shape: Shape = Shape(), dtype: torch.dtype = torch.float32) -> QKV:
+    """Half of the channels are silent in the 64 keys that the sketch takes its scales from; then one key in eleven uses one."""
+    q, k, v = _parts(seed, shape)
+    late = torch.arange(shape.dim) >= shape.dim // 2
+    k[..., late] = 0.0
+    loud = torch.arange(shape.kv_len) % 11 == 0
+    loud[:64] = False
+    channel = torch.randint(shape.dim // 2, shape.dim, k.shape[:-1], generator=torch.Generator().manual_seed(seed))
+    k = torch.where(loud[:, None], 5.0 * torch.nn.functional.one_hot(channel, shape.dim) * torch.sign(k[..., :1]), k)
+    return (2 * q).to(dtype), k.to(dtype), v.to(dtype)
+
+
 def soft_capped(seed: int, shape: Shape = Shape(), dtype: torch.dtype = torch.float32) -> QKV:
     """Logits of standard deviation 12, to be capped at 8: both knees of the cap are in use."""
     q, k, v = _parts(seed, shape)
@@ -135,7 +147,7 @@ def biased(seed: int, shape: Shape = Shape(), dtype: torch.dtype = torch.float32
 GENERATORS: dict[str, Callable[..., QKV]] = {
     f.__name__: f
     for f in (gaussian, clustered, decaying_spectrum, outlier_channels, huge_norms, duplicates, one_hot, all_zero, bf16_rounded,
-              denormal, soft_capped, biased)
+              denormal, late_channels, soft_capped, biased)
 }  # fmt: skip
 
 
