@@ -14,10 +14,10 @@ struct alignas(64) TileConfig {
 };
 
 // `soften` with weights rounded to bf16 for the second product; the sum takes them unrounded.
-static inline void soften_bf16(const Tile& t, Softmax& x, int r, const float* s, int n, float unit, int wide, uint16_t* p) {
+static inline void soften_bf16(const Tile& t, Softmax& x, int r, float* s, int n, float unit, int wide, uint16_t* p) {
   const vf most = largest(s, n);
   if (any_above(most, x.limit[r])) raise_reference(t, x, r, most, unit, wide);
-  const float base = x.base[r];
+  const float base = close_base(s, n, t.m[r], x.base[r]);
   vf total = load(x.sums[r]);
   int i = 0;
   for (; i + 32 <= n; i += 32) {

@@ -71,7 +71,11 @@ void gradient(const TileGradient& g) {
       const int own = ends.of(r, count);
       float *sr = s + r * STRIDE, *dr = slope + r * STRIDE, *cr = capped + r * STRIDE;
       if (touched) shape_logits(t, n, own, r, sr, cap ? cr : nullptr);
-      const float base = g.lse[r] == -infinity ? 0.0f : g.lse[r] * LOG2E;
+      float base = g.lse[r] == -infinity ? 0.0f : g.lse[r] * LOG2E;
+      if (is_far(base)) {
+        base = close_base(sr, own * PANEL, g.lse[r], base);
+        for (int i = 0; i < own * PANEL; i += LANES) store(sr + i, at_most_zero(load(sr + i)));
+      }
       for (int i = 0; i < own * PANEL; i += LANES) {
         const vf logit = load(sr + i);
         // a row whose lse is NaN weighs the keys that are hidden from it by zero all the same

@@ -98,5 +98,20 @@ static inline void shape_logits(const Tile& t, int n, int count, int r, float* s
   }
 }
 
+constexpr float FAR = 0x1p20f;  // powers of two beyond which the rounding of a reference may not be left in an exponent
+
+static inline bool is_far(float base) { return base > FAR || base < -FAR; }
+
+// What to take from n logits times `unit`: `base`, their reference times `unit`, or nothing where that would round too much and the
+// reference was taken from the logits themselves.
+static inline float close_base(float* s, int n, float reference, float base) {
+  if (!is_far(base)) return base;
+  for (int i = 0; i < n; i += LANES) store(s + i, load(s + i) - reference);
+  return 0.0f;
+}
+
+// Weights of logits taken from their lse are at most one, however both were rounded; NaN stays.
+static inline vf at_most_zero(vf x) { return select(x > vf{}, vf{}, x); }
+
 }  // namespace SIEVE_LEVEL
 }  // namespace sieve

@@ -278,7 +278,11 @@ static void gradient_rows(const OffsetGradient& g) {
   for (int r = 0; r < t.rows; ++r) {
     n = reach(t, n, t.limit + r * t.limit_step);
     float *s = weight + (int64_t)r * OFFSET_CHUNK, *ds = slope + (int64_t)r * OFFSET_CHUNK;
-    const float base = g.lse[r] == -__builtin_inff() ? 0.0f : g.lse[r];
+    float base = g.lse[r] == -__builtin_inff() ? 0.0f : g.lse[r];
+    if (is_far(base)) {
+      for (int i = 0; i < n; i += LANES) store(s + i, at_most_zero(load(s + i) - base));
+      base = 0.0f;
+    }
     for (int i = 0; i < n; i += LANES) {
       const vf p = exp2_<6>(load(s + i) - base);
       const vi none = p == vf{};

@@ -128,11 +128,22 @@ float row_attend(const RowTask& t, float sink, float* o, void* out, int64_t stri
 
 // s: products, then weights; pull: dP of every key, with its bias' gradient left there; slope: gradient of the product.
 void row_slopes(const RowTask& t, float lse, float shift, const float* d_out, float* pull, float* slope) {
-  const float base = lse == -__builtin_inff() ? 0.0f : lse * LOG2E;
+  float base = lse == -__builtin_inff() ? 0.0f : lse * LOG2E;
   const int64_t wide = up(t.count, 16);
   for (int64_t j = 0; j < t.count; ++j) pull[j] = dot<true>(d_out, fetch(t.v, t.key[j], t.row), t.v.width);
   for (int64_t j = t.count; j < wide; ++j) pull[j] = 0.0f;
   shape(t, slope);
+  if (is_far(base)) {
+    // lse is rounded by more than an exponent may be: what the row's own keys say of it counts, unless a sink holds the mass
+    vf most = splat(-__builtin_inff()), total = vf{};
+    for (int64_t j = 0; j < wide; j += LANES) most = max_(load(t.s + j), most);
+    const float peak = top(most);
+    if (base < peak + 24.0f + __builtin_fabsf(peak) * 0x1p-22f) {
+      base = close_base(t.s, (int)wide, peak, peak);
+      for (int64_t j = 0; j < wide; j += LANES) total += exp2_<6>(load(t.s + j) - base);
+      base += __builtin_log2f(sum(total));
+    }
+  }
   for (int64_t j = 0; j < wide; j += LANES) {
     const vf p = exp2_<6>(load(t.s + j) - base);
     const vi none = p == vf{};

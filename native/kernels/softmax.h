@@ -53,7 +53,7 @@ static inline vf largest(const float* s, int n) {
 static inline void soften(const Tile& t, Softmax& x, int r, float* s, int n, float unit, int wide) {
   const vf most = largest(s, n);
   if (any_above(most, x.limit[r])) raise_reference(t, x, r, most, unit, wide);
-  const float base = x.base[r];
+  const float base = close_base(s, n, t.m[r], x.base[r]);
   vf total = load(x.sums[r]);
   for (int i = 0; i < n; i += LANES) {
     const vf p = exp2_<6>(load(s + i) * unit - base);
