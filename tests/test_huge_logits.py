@@ -8,12 +8,13 @@ from sieve_attn.policies import Dense, TopBlocks
 from sieve_attn.testing import oracle
 
 CALLS = {
-    "dense": lambda q, k, v: attention(q, k, v, Dense(), causal=True, scale=1.0, return_lse=True),
-    "blocks": lambda q, k, v: attention(q, k, v, TopBlocks(3), causal=True, scale=1.0, return_lse=True, return_report=True),
-    "top-k": lambda q, k, v: functional.top_k_attention(q, k, v, 8, causal=True, scale=1.0, return_lse=True),
-    "diagonals": lambda q, k, v: functional.offset_attention(q, k, v, OFFSETS, plan="diagonals", scale=1.0, return_lse=True),
-    "wheel": lambda q, k, v: functional.offset_attention(q, k, v, OFFSETS, plan="wheel", scale=1.0, return_lse=True),
+    "dense": lambda q, k, v: attention(q, k, v, Dense(), causal=True, scale=SCALE, return_lse=True),
+    "blocks": lambda q, k, v: attention(q, k, v, TopBlocks(3), causal=True, scale=SCALE, return_lse=True, return_report=True),
+    "top-k": lambda q, k, v: functional.top_k_attention(q, k, v, 8, causal=True, scale=SCALE, return_lse=True),
+    "diagonals": lambda q, k, v: functional.offset_attention(q, k, v, OFFSETS, plan="diagonals", scale=SCALE, return_lse=True),
+    "wheel": lambda q, k, v: functional.offset_attention(q, k, v, OFFSETS, plan="wheel", scale=SCALE, return_lse=True),
 }
+SCALE = 0.125
 OFFSETS = patterns.Primes() | patterns.Window(6)
 
 
@@ -37,7 +38,7 @@ def kept_by(name, q, k, found):
     if name in ("diagonals", "wheel"):
         return torch.from_numpy(OFFSETS.to_dense(q.shape[2], k.shape[2])).expand_as(seen)
     if name == "top-k":
-        logits = oracle.plain_logits(q.double(), k.double(), seen, scale=1.0)
+        logits = oracle.plain_logits(q.double(), k.double(), seen, scale=SCALE)
         return torch.zeros_like(seen).scatter(-1, logits.topk(8).indices, True) & seen
     return seen
 
@@ -47,12 +48,15 @@ def kept_by(name, q, k, found):
 @pytest.mark.parametrize("q_len", [1, 70])
 @pytest.mark.parametrize("name", CALLS)
 def test_exact_logits_give_exact_weights(name, q_len, power, dtype):
-    q, k = one_channel_each(1, 2, q_len, 16) * 2.0 ** (power // 2), all_different(1, 2, 150, 16) * 2.0 ** (power - power // 2)
+    q, k = (
+        one_channel_each(1, 2, q_len, 16) * 2.0 ** (power // 2) / SCALE,
+        all_different(1, 2, 150, 16) * 2.0 ** (power - power // 2),
+    )
     v = torch.randn(1, 2, 150, 16, generator=torch.Generator().manual_seed(3))
     q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
     found = CALLS[name](q, k, v)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    exact, exact_lse = oracle.plain_attention(*wide, kept_by(name, q.detach(), k.detach(), found), scale=1.0)
+    exact, exact_lse = oracle.plain_attention(*wide, kept_by(name, q.detach(), k.detach(), found), scale=SCALE)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     assert (found[0].double() - exact).abs().max() <= tolerance
     assert ((found[1].double() - exact_lse).abs() <= 1e-5 + 1e-6 * exact_lse.abs()).all()

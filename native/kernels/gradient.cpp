@@ -73,8 +73,11 @@ void gradient(const TileGradient& g) {
       if (touched) shape_logits(t, n, own, r, sr, cap ? cr : nullptr);
       float base = g.lse[r] == -infinity ? 0.0f : g.lse[r] * LOG2E;
       if (is_far(base)) {
-        base = close_base(sr, own * PANEL, g.lse[r], base);
-        for (int i = 0; i < own * PANEL; i += LANES) store(sr + i, at_most_zero(load(sr + i)));
+        // first natural logits, rounded as finish_row rounds the reference of lse, so that the largest weighs one
+        const float back = LOG2E / unit;
+        for (int i = 0; i < own * PANEL; i += LANES) store(sr + i, load(sr + i) * unit * LN2);
+        for (int i = 0; i < own * PANEL; i += LANES) store(sr + i, at_most_zero(load(sr + i) - g.lse[r]) * back);
+        base = 0.0f;
       }
       for (int i = 0; i < own * PANEL; i += LANES) {
         const vf logit = load(sr + i);
