@@ -73,7 +73,7 @@ void diagonal_gradients(const OffsetAttention& a, const OffsetGradients& g, int6
       read_queries(g.d_out, b, h, first, 1, rows, 1.0f, dv, false, pull.get());
       std::fill_n(dq_rows.get(), rows * d, 0.0f);
       for (int64_t r = 0; r < rows; ++r) {
-        lse[r] = g.lse[flat_row(a, b, h, first + r)] * OFFSET_LOG2E;
+        lse[r] = g.lse[flat_row(a, b, h, first + r)];
         shift[r] = g.shift[flat_row(a, b, h, first + r)];
       }
       OffsetGradient x{};

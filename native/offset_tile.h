@@ -28,7 +28,7 @@ struct OffsetTile {
 // Gradients over at most OFFSET_CHUNK numbers; P is computed again from lse. Sums are added to what is there.
 struct OffsetGradient {
   OffsetTile t;            // v: values with non-finite entries zero; o, m, l unused
-  const float* lse;        // [rows] base 2
+  const float* lse;        // [rows] natural logarithm
   const float* shift;      // [rows] d lse - sum(dO * O)
   const float* d_out;      // [rows][dv]
   const float* q_clean;    // [rows][d] times scale, non-finite entries zero

@@ -98,7 +98,7 @@ static inline void shape_logits(const Tile& t, int n, int count, int r, float* s
   }
 }
 
-constexpr float FAR = 0x1p20f;  // powers of two beyond which the rounding of a reference may not be left in an exponent
+constexpr float FAR = 0x1p12f;  // powers of two beyond which the rounding of a reference may not be left in an exponent
 
 static inline bool is_far(float base) { return base > FAR || base < -FAR; }
 

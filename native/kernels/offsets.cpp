@@ -278,9 +278,11 @@ static void gradient_rows(const OffsetGradient& g) {
   for (int r = 0; r < t.rows; ++r) {
     n = reach(t, n, t.limit + r * t.limit_step);
     float *s = weight + (int64_t)r * OFFSET_CHUNK, *ds = slope + (int64_t)r * OFFSET_CHUNK;
-    float base = g.lse[r] == -__builtin_inff() ? 0.0f : g.lse[r];
+    float base = g.lse[r] == -__builtin_inff() ? 0.0f : g.lse[r] * LOG2E;
     if (is_far(base)) {
-      for (int i = 0; i < n; i += LANES) store(s + i, at_most_zero(load(s + i) - base));
+      // first natural logits, rounded as finish_offset_row rounds the reference of lse, so that the largest weighs one
+      for (int i = 0; i < n; i += LANES) store(s + i, load(s + i) * LN2);
+      for (int i = 0; i < n; i += LANES) store(s + i, at_most_zero(load(s + i) - g.lse[r]) * LOG2E);
       base = 0.0f;
     }
     for (int i = 0; i < n; i += LANES) {
