@@ -66,11 +66,22 @@ def _masked_logits(rows: Rows, kept: Array) -> tuple[Array, Array]:
     return capped, xp.where(kept & rows.visible, capped if rows.bias is None else capped + rows.bias, -math.inf)
 
 
-def _probability(xp, logits: Array, lse: Array) -> Array:
-    nothing = (lse < 0) & ~xp.isfinite(lse) & ~xp.isnan(lse)
+def _softmax(xp, logits: Array) -> tuple[Array, Array]:
+    """``(weights, lse)`` over the last axis. Weights are not taken from lse: of large logits that rounds by a factor."""
+    top = xp.amax(logits, -1)
     # exp is slow where it underflows: keep it above, and give what is not attended to its exact zero afterwards
-    low = xp.maximum(logits - xp.where(nothing, 0.0, lse)[..., None], -80.0)
-    return xp.where(logits == -math.inf, 0.0, xp.exp(low))
+    low = xp.maximum(logits - xp.where(top == -math.inf, 0.0, top)[..., None], -80.0)
+    weights = xp.where(logits == -math.inf, 0.0, xp.exp(low))
+    total = weights.sum(-1)
+    none = top == -math.inf
+    lse = xp.where(none | (top == math.inf), top, top + xp.log(xp.where(none, 1.0, total)))
+    return weights / xp.where(none, 1.0, total)[..., None], lse
+
+
+def _share(xp, part: Array, whole: Array) -> Array:
+    """``exp(part - whole)``: what of a mass belongs to a part of it; 0 where neither has any."""
+    none = part == -math.inf
+    return xp.where(none, 0.0, xp.exp(part - xp.where(none, 0.0, whole)))
 
 
 def attend_rows(
@@ -80,11 +91,12 @@ def attend_rows(
     xp = arrays.namespace(rows.query)
     batch, heads, n, _ = rows.query.shape
     _, logits = _masked_logits(rows, kept)
-    lse = xp.logsumexp(logits, -1)
+    p, lse = _softmax(xp, logits)
     if rows.sink is not None:
-        lse = xp.logaddexp(lse, xp.cast(rows.sink, lse.dtype)[None, :, None])
+        alone, lse = lse, xp.logaddexp(lse, xp.cast(rows.sink, lse.dtype)[None, :, None])
+        p = p * _share(xp, alone, lse)[..., None]
     value = value[:, :, : logits.shape[-1]]
-    out = _weighted(xp, _probability(xp, logits, lse), value, batch, rows.key.shape[1])
+    out = _weighted(xp, p, value, batch, rows.key.shape[1])
     return out.reshape(batch, heads, n, -1), lse
 
 
@@ -124,7 +136,9 @@ def backward(
         if far_field is not None:
             far.add_far_gradients(rows, kept, lse, shift, d_out, far_field, call, grads, start)
         capped, logits = _masked_logits(rows, kept)
-        p = _probability(xp, logits, lse)
+        p, alone = _softmax(xp, logits)
+        if rows.sink is not None or far_field is not None:
+            p = p * _share(xp, alone, lse)[..., None]
         batch, heads, n, _ = p.shape
         kv_heads = rows.key.shape[1]
 
@@ -135,7 +149,7 @@ def backward(
         hidden = xp.where(xp.isfinite(value), value, 0.0)
         d_logits = p * ((by_group(d_out) @ xp.transpose_last(hidden)).reshape(p.shape) + shift[..., None])
         if rows.sink is not None:
-            to_sink = _probability(xp, xp.cast(rows.sink, dtype)[None, :, None, None], lse)[..., 0] * shift
+            to_sink = _share(xp, xp.cast(rows.sink, dtype)[None, :, None], lse) * shift
             grads["sink"] += to_sink.sum(-1).sum(0)
         if rows.bias is not None:
             _add_bias_gradient(grads["bias"], d_logits, start, stop, seen)
