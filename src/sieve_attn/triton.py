@@ -17,6 +17,9 @@ Array = Any
 
 CAPABILITY = (8, 0)  # the first cards with bf16 tensor cores and asynchronous copies
 DTYPES = ("float16", "bfloat16", "float32")
+# Launch options. A product fused into the subtraction of a rounded product leaves what the rounding took: with logits beyond
+# 2^31 that is a weight of infinity, or none at all.
+PLAIN = {"enable_fp_fusion": False}
 
 
 @lru_cache

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sieve_attn.triton import PLAIN
+
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one program may have, by compute capability
 
 
@@ -39,7 +41,7 @@ def compile_ahead(kernel: Any, arguments: dict[str, Any], warps: int, stages: in
 
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
-    chosen = {"num_warps": warps, "num_stages": stages}
+    chosen = {"num_warps": warps, "num_stages": stages, **PLAIN}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(**arguments, **chosen)
     options, signature, constants, attributes = kernel._pack_args(backend, chosen, bound, specialization, options)

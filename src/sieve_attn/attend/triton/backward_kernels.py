@@ -52,13 +52,17 @@ def shift_kernel(
 
 
 @triton.jit
+def weight_of(logit, log, AXIS: tl.constexpr):
+    """``exp(logit - lse)``, at most one: both are rounded, and the difference is taken before anything scales it."""
+    below = logit - along(log, AXIS)
+    return tl.exp2(tl.minimum(below, 0.0, propagate_nan=tl.PropagateNan.ALL) * LOG2E)
+
+
+@triton.jit
 def slopes(product, log, shift, pull, scale, softcap, AXIS: tl.constexpr):
     """``(weight, dS before the bias, dS before the cap)`` of pairs that are all seen; rows lie along ``AXIS``."""
-    if softcap is None:
-        weight = tl.exp2(product * (scale * LOG2E) - along(log, AXIS))
-    else:
-        logit = capped(product, scale, softcap)
-        weight = tl.exp2(logit * LOG2E - along(log, AXIS))
+    logit = capped(product, scale, softcap)
+    weight = weight_of(logit, log, AXIS)
     slope = weight * (pull + along(shift, AXIS))
     inner = slope
     if softcap is not None:
@@ -74,7 +78,7 @@ def cut_slopes(
     """The same where pairs may be hidden: they get exactly zero, not even a NaN."""
     raw = capped(product, scale, softcap)
     logit, seen = biased(raw, seen, batch, head, row, key, bias, AXIS, WIDE)
-    weight = tl.where(seen, tl.exp2(logit - along(log, AXIS)), 0.0)
+    weight = tl.where(seen, weight_of(logit, log, AXIS), 0.0)
     slope = tl.where(seen, weight * (pull + along(shift, AXIS)), 0.0)
     inner = slope
     if softcap is not None:
@@ -88,7 +92,7 @@ def rows_and_gradients(
     query, grad, lse, shift, batch, first_head, head, row, there, q_heads, q_len,
     DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """``(queries, output gradients, lse in powers of two, shift)`` of the rows of a tile.
+    """``(queries, output gradients, lse, shift)`` of the rows of a tile.
 
     An lse of +inf gives weights of zero: where there is no row, and where it saw nothing.
     """
@@ -99,7 +103,7 @@ def rows_and_gradients(
     start = (tl.cast(batch, tl.int64) * q_heads + first_head) * q_len
     at = (head - first_head) * q_len + row
     log = tl.load(lse + start + at, mask=there, other=float("inf"))
-    log = tl.where(log == float("-inf"), float("inf"), log * LOG2E)
+    log = tl.where(log == float("-inf"), float("inf"), log)
     return rows, given, log, tl.load(shift + start + at, mask=there, other=0.0)
 
 
@@ -153,7 +157,7 @@ def query_kernel(
             found, entry, there = cut_columns(step, a, b, d, whole, index, low_first, high_last, BLOCK_N, KV_BLOCK, LISTED)
             # a key that is no number shows in the lse of the rows that see it; others must not meet it
             base, offset = places(found, batch, kv_head, key, None, 0, WIDE)
-            keys = finite(load_rows(base, offset, there, key.col, DIM, BLOCK_D, True))
+            keys = load_rows(base, offset, there, key.col, DIM, BLOCK_D, True)
             base, offset = places(found, batch, kv_head, value, None, 0, WIDE)
             values = finite(load_rows(base, offset, there, value.col, V_DIM, BLOCK_V, True))
             seen = visible(
@@ -170,7 +174,7 @@ def query_kernel(
             if grad_bias is not None:
                 place = cells(grad_bias, batch, safe_head, row, found, 0, WIDE)
                 tl.store(place, tl.load(place, mask=seen, other=0.0) + slope, mask=seen)
-            total = tl.dot(inner.to(keys.dtype), keys, total, input_precision="ieee")
+            total = tl.dot(inner.to(keys.dtype), finite(keys), total, input_precision="ieee")
     if row_sums is not None:
         tl.store(row_sums + (tl.cast(batch, tl.int64) * q_heads + safe_head) * q_len + row, sums, mask=row_there)
     row_base, row_offset = row_places(head, row, row_there, batch, first_head, grad_query, WIDE)
@@ -233,6 +237,8 @@ def key_kernel(
     keys = load_rows(base, offset, there, key.col, DIM, BLOCK_D, True)
     base, offset = places(found, batch, kv_head, value, None, 0, WIDE)
     values = load_rows(base, offset, there, value.col, V_DIM, BLOCK_V, True)
+    # zeros in the place of rows that are not there would meet infinities
+    sound_keys = tl.min(tl.min((tl.abs(keys.to(tl.float32)) < float("inf")).to(tl.int32), 1), 0) > 0
     d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     # heads that share a list take turns at each of its tiles; others bring a list of their own
@@ -255,6 +261,8 @@ def key_kernel(
             a, b, c, d = count_tiles(
                 listed, count, first_key, stop_key, q_len, kv_len, sight, chosen, Q_BLOCK, CAUSAL, LISTED, SECTION, 128
             )
+            b = tl.where(sound_keys, b, a)
+            c = tl.where(sound_keys, c, a)
             if EVERYWHERE:
                 b = a
                 c = a

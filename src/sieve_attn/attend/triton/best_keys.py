@@ -102,6 +102,7 @@ def choose(call: Call, top_k: int) -> tuple[Tensor, Tensor]:
                 heads=heads, GROUP=heads // key.shape[1], dim=dim, CAUSAL=bool(call.causal), WINDOW=call.window is not None,
                 PACKED=call.cu_seqlens is not None, KEY_MASKED=call.key_mask is not None, MASKED=call.mask is not None,
                 PADDED=max(16, triton.next_power_of_2(dim)), KEPT=kept, ROWS=rows, KEYS=keys, num_warps=4, num_stages=2,
+                **door.PLAIN,
             )  # fmt: skip
     return tokens.in_order(index, call.kv_len), partial.sum(-1)[..., None].expand(batch, heads, 2).contiguous()
 

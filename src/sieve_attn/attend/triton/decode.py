@@ -31,22 +31,22 @@ def merge_kernel(
     number = tl.arange(0, BLOCK_S)
     channel = tl.arange(0, BLOCK_V)
     at = number * rows + row
-    log = tl.load(part_lse + at, mask=number < SPLITS, other=float("-inf")) * LOG2E
+    log = tl.load(part_lse + at, mask=number < SPLITS, other=float("-inf"))
     inside = (number < SPLITS)[:, None] & (channel < V_DIM)[None, :]
     part = tl.load(parts + at[:, None] * V_DIM + channel[None, :], mask=inside, other=0.0)
     top = tl.max(log, 0)
     if sink is not None:
-        extra = tl.load(sink + row // q_len % q_heads).to(tl.float32) * LOG2E
+        extra = tl.load(sink + row // q_len % q_heads).to(tl.float32)
         top = tl.maximum(top, extra)
     base = tl.where(top == float("-inf"), 0.0, top)
-    weight = tl.exp2(log - base)
+    weight = tl.exp2((log - base) * LOG2E)
     mass = tl.sum(weight, 0)
     if sink is not None:
-        mass += tl.exp2(extra - base)
+        mass += tl.exp2((extra - base) * LOG2E)
     empty = mass == 0.0
     mass = tl.where(empty, 1.0, mass)
     total = tl.sum(weight[:, None] * part, 0) / mass
-    found = tl.where(empty, float("-inf"), (base + tl.log2(mass)) * LN2)
+    found = tl.where(empty, float("-inf"), base + tl.log2(mass) * LN2)
     tl.store(lse + row, tl.where(top == float("inf"), float("inf"), found))
     place = row // q_len // q_heads * out.batch + row // q_len % q_heads * out.head + row % q_len * out.row
     tl.store(out.ptr + place + channel * out.col, total.to(out.ptr.dtype.element_ty), mask=channel < V_DIM)

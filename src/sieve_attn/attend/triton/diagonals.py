@@ -189,7 +189,8 @@ def attend(
         with door.launching_on(query):
             forward[(triton.cdiv(q_len, shape["ROWS"]), batch * heads)](
                 query, key, value, on_device(offsets, query), output, lse, q_len, key.shape[2], count, prefix, float(scale),
-                *query.stride(), *key.stride(), *value.stride(), heads=heads, GROUP=heads // key.shape[1], **shape, num_warps=4,
+                *query.stride(), *key.stride(), *value.stride(), heads=heads, GROUP=heads // key.shape[1], **shape,
+                num_warps=4, **door.PLAIN,
             )  # fmt: skip
     return output, lse
 
@@ -212,10 +213,10 @@ def backward(
         strides = (*query.stride(), *key.stride(), *value.stride(), *grad_output.stride())
         with door.launching_on(query):
             gradient_of_queries[(triton.cdiv(q_len, shape["ROWS"]), batch * heads)](
-                *given, grads[0], *sizes, *strides, heads=heads, GROUP=group, **shape, num_warps=4
+                *given, grads[0], *sizes, *strides, heads=heads, GROUP=group, **shape, num_warps=4, **door.PLAIN
             )
             gradients_of_keys[(triton.cdiv(kv_len, shape["ROWS"]), batch * kv_heads)](
-                *given, *grads[1:], *sizes, *strides, kv_heads=kv_heads, GROUP=group, **shape, num_warps=4
+                *given, *grads[1:], *sizes, *strides, kv_heads=kv_heads, GROUP=group, **shape, num_warps=8, **door.PLAIN
             )
     else:
         for x in grads:

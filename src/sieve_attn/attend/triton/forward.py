@@ -52,14 +52,17 @@ from sieve_attn.types import Call, Ranges, Selection
 
 @triton.jit
 def fold(total, top, mass, logit, factor, value, MASKED: tl.constexpr):
-    """One tile of keys into the running output, maximum and sum of weights; ``factor * logit`` is in powers of two."""
-    peak = tl.maximum(top, tl.max(logit, 1) * factor)
+    """One tile of keys into the running output, maximum and sum of weights ``2^(factor * (logit - maximum))``.
+
+    The difference comes before the factor: what rounds the maximum must not reach an exponent.
+    """
+    peak = tl.maximum(top, tl.max(logit, 1))
     base = peak
     if MASKED:
         # a row that has seen nothing yet has no maximum to subtract
         base = tl.where(peak == float("-inf"), 0.0, peak)
-    weight = tl.exp2(logit * factor - base[:, None])
-    shrink = tl.exp2(top - base)
+    weight = tl.exp2((logit - base[:, None]) * factor)
+    shrink = tl.exp2((top - base) * factor)
     mass = mass * shrink + tl.sum(weight, 1)
     total = tl.dot(weight.to(value.dtype), value, total * shrink[:, None], input_precision="ieee")
     return total, peak, mass
@@ -99,6 +102,8 @@ def attend_kernel(
     LISTED: tl.constexpr = RANGES == 0
     # whatever hides single pairs has to be looked at everywhere
     EVERYWHERE: tl.constexpr = (mask is not None) or (bias is not None) or (key_mask is not None) or (chosen.row_mask is not None)
+    # logits are raw products where nothing but their scale is between the two
+    NATURAL: tl.constexpr = (softcap is not None) or (bias is not None)
     pid = tl.program_id(0)
     split = pid % SPLITS
     batch, kv_head, tile, piece, head, lane, row, row_there = rows_of(
@@ -146,27 +151,31 @@ def attend_kernel(
                 batch, safe_head, row, lane, row_there, low, high, found, start + entry, there, chosen, mask, key_mask,
                 Q_BLOCK, 0, WIDE,
             )  # fmt: skip
-            logit, _seen = biased(capped(product, scale, softcap), seen, batch, safe_head, row, found, bias, 0, WIDE)
+            if NATURAL:
+                product = capped(product, scale, softcap)
+            logit, _seen = biased(product, seen, batch, safe_head, row, found, bias, 0, WIDE)
             base, offset = places(found, batch, kv_head, value, table, PAGE_SIZE, WIDE)
             values = load_rows(base, offset, there, value.col, V_DIM, BLOCK_V, True)
             # 0 * NaN is NaN: what a row does not see must not reach it, what it does see must
             clean = finite(values)
-            total, top, mass = fold(total, top, mass, logit, 1.0, clean, True)
+            total, top, mass = fold(total, top, mass, logit, LOG2E if NATURAL else scale * LOG2E, clean, True)
             if tl.max(tl.max((clean.to(tl.float32) != values.to(tl.float32)).to(tl.int32), 1), 0) > 0:
                 total = restore(
                     total, logit, found, there, batch, kv_head, value, table, V_DIM, BLOCK_V, BLOCK_N, PAGE_SIZE, WIDE
                 )
+    if not NATURAL:
+        top *= scale
     if sink is not None and SPLITS == 1:
-        extra = tl.load(sink + safe_head).to(tl.float32) * LOG2E
+        extra = tl.load(sink + safe_head).to(tl.float32)
         peak = tl.maximum(top, extra)
         base = tl.where(peak == float("-inf"), 0.0, peak)
-        shrink = tl.exp2(top - base)
-        mass = mass * shrink + tl.exp2(extra - base)
+        shrink = tl.exp2((top - base) * LOG2E)
+        mass = mass * shrink + tl.exp2((extra - base) * LOG2E)
         total = total * shrink[:, None]
         top = peak
     empty = top == float("-inf")
     weight = total / tl.where(empty, 1.0, mass)[:, None]
-    log = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, mass))) * LN2)
+    log = tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, mass)) * LN2)
     log = tl.where(top == float("inf"), float("inf"), log)
     if LISTED:
         # a list that cannot be walked shows in every row that it was for

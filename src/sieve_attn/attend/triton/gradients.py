@@ -42,7 +42,7 @@ def turned(part: Blocks) -> Turned:
     row_ptr, index = part.row_ptr.to(torch.int64).contiguous(), like.to(torch.int64)
     entry = torch.arange(like.shape[0], device=like.device)
     row = torch.searchsorted(row_ptr[1:], entry, right=True)
-    there = (row < groups * part.tiles) & (index >= 0) & (index < part.blocks)
+    there = (entry >= row_ptr[0]) & (row < groups * part.tiles) & (index >= 0) & (index < part.blocks)
     column = torch.where(there, row // part.tiles * part.blocks + index, groups * part.blocks)
     kind = torch.int32 if groups * part.blocks < 2**31 else torch.int64
     column, order = torch.sort(column.to(kind), stable=True)
@@ -108,12 +108,15 @@ def launch_backward(
     mask, bias, part = over_pairs(call.mask, call), over_pairs(call.bias, call), selection.blocks
     shared = part is None or part.heads != q_heads or group == 1
     pair_bias, laden = made.get("pair_bias"), every_pair(call, selection)
+    place = None if pair_bias is None else view(pair_bias.expand(batch, q_heads, q_len, call.kv_len))
     common = {
         "query": view(call.query), "key": view(call.key), "value": view(call.value), "grad": view(grad_output), "lse": lse,
         "shift": shift, "mask": mask, "bias": bias, "key_mask": key_mask_view(call), "sight": sight_of(call),
         "scale": float(call.scale), "softcap": call.softcap, "q_heads": q_heads, "kv_heads": kv_heads, "q_len": q_len,
         "kv_len": call.kv_len, "DIM": dim, "V_DIM": v_dim, "BLOCK_D": block_d, "BLOCK_V": block_v, "CAUSAL": bool(call.causal),
-        "WIDE": wide(call, view(call.query), view(grad_output), mask, bias),
+        "WIDE": wide(
+            call, view(call.query), view(grad_output), view(made["query"]), mask, bias, place, keys=(made["key"], made["value"])
+        ),
     }  # fmt: skip
 
     def plan(kernel: str, one_head: bool):
@@ -136,7 +139,6 @@ def launch_backward(
         over_heads = [(h, 1) for h in range(q_heads)] if pair_bias.shape[1] == 1 else [(0, q_heads)]
         turns = [(*b, *h) for b, h in product(over_batch, over_heads)]
     grid, sizes, warps, stages = plan("query", pair_bias is not None)
-    place = None if pair_bias is None else view(pair_bias.expand(batch, q_heads, q_len, call.kv_len))
     for first_batch, sequences, first_pack, packs in turns:
         packs = kv_heads * -(-group // sizes["PACK"]) if packs is None else packs
         own = {

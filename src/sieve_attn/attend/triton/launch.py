@@ -26,7 +26,7 @@ class Launch:
 
     def run(self, like: Tensor) -> None:
         with door.launching_on(like):
-            self.kernel[(self.grid,)](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+            self.kernel[(self.grid,)](**self.arguments, num_warps=self.warps, num_stages=self.stages, **door.PLAIN)
 
 
 def power_of_two(n: int, least: int = 1) -> int:
@@ -99,14 +99,14 @@ def check_blocks(part: Blocks) -> None:
     if part.row_ptr.is_cuda:
         return
     pointer, index = part.row_ptr.to(torch.int64), part.block_index.to(torch.int64)
-    rises = bool((pointer[1:] >= pointer[:-1]).all()) and int(pointer[0]) >= 0 and int(pointer[-1]) <= index.shape[0]
+    rises = bool((pointer[1:] >= pointer[:-1]).all()) and int(pointer[0]) == 0 and int(pointer[-1]) <= index.shape[0]
     if rises:
-        used = index[int(pointer[0]) : int(pointer[-1])]
+        used = index[: int(pointer[-1])]
         starts = torch.zeros(used.shape[0] + 1, dtype=torch.bool)
-        starts[pointer - pointer[0]] = True
+        starts[pointer] = True
         rises = bool(((used >= 0) & (used < part.blocks)).all()) and bool(((used[1:] > used[:-1]) | starts[1:-1]).all())
     if not rises:
-        rule = f"must list the blocks of every tile in increasing order, each below {part.blocks}, between rising row pointers"
+        rule = f"must list the blocks of every tile in increasing order, each below {part.blocks}, from pointer 0 on"
         raise error("selection", rule, "other lists", "build it with Blocks.from_tiles")
 
 
@@ -127,14 +127,15 @@ def grid_of(selection: Selection, q_block: int, kv_block: int) -> Grid:
     return Grid(chosen, part.heads, part.q_block, part.kv_block, part.tiles, 0, part)
 
 
-def wide(call: Call, *views: View | None) -> bool:
+def wide(call: Call, *views: View | None, keys: tuple[Tensor, ...] = ()) -> bool:
     """Whether an offset inside of one group of heads of some array needs more than 32 bits.
 
-    ``views``: arrays of query rows, and masks or biases over pairs, which may reach over keys where others have channels.
+    ``views``: arrays of query rows, and masks or biases over pairs, which may reach over keys where others have channels;
+    ``keys``: arrays of rows of keys beside the call's own.
     """
     group = call.query.shape[1] // call.key.shape[1]
     last = max(call.kv_len, call.query.shape[3], call.value.shape[3])
-    reach = [call.kv_len * x.stride(2) + last * x.stride(3) for x in (call.key, call.value)]
+    reach = [call.kv_len * x.stride(2) + last * x.stride(3) for x in (call.key, call.value, *keys)]
     reach += [group * v.head + call.q_len * v.row + last * v.col for v in views if v is not None]
     return max(reach) >= 2**31
 

@@ -21,7 +21,8 @@ from sieve_attn.attend.streaming import tile_rows
 from sieve_attn.attend.triton.decode import merge
 from sieve_attn.attend.triton.forward import fold, restore, results
 from sieve_attn.attend.triton.launch import Launch, key_mask_view, power_of_two, view, wide
-from sieve_attn.attend.triton.tiles import LN2, LOG2E, capped, finite, load_rows, places, row_places, store_rows, tanh
+from sieve_attn.attend.triton.tiles import LN2, LOG2E, capped, finite, load_rows, places, row_places, store_rows
+from sieve_attn.geometry.triton.kernels import cap_of
 from sieve_attn.selection.kernels import ends
 from sieve_attn.selection.triton.choose import compact
 from sieve_attn.selection.triton.launch import row_of, rows_in_line, sequence_edges
@@ -47,7 +48,7 @@ def logits_of(
     step, listed, count, rows, there, low, high, batch, kv_head, key, key_mask, scale, softcap, kv_len,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """``(logits in powers of two, their largest number a row, key, key there)`` of tile ``step`` of the listed columns."""
+    """``(logits, their largest number a row, key, key there)`` of tile ``step`` of the listed columns."""
     column = step * BLOCK_N + tl.arange(0, BLOCK_N)
     here = column < count * SIZE
     found = tl.load(listed + column // SIZE, mask=here, other=0) * SIZE + column % SIZE
@@ -60,7 +61,7 @@ def logits_of(
     if key_mask is not None:
         place = key_mask.ptr + tl.cast(batch, tl.int64) * key_mask.batch + found * key_mask.col
         seen &= (tl.load(place, mask=here, other=0) != 0)[None, :]
-    logit = tl.where(seen, capped(product, scale, softcap) * LOG2E, float("-inf"))
+    logit = tl.where(seen, capped(product, scale, softcap), float("-inf"))
     largest = tl.max(tl.where(tl.abs(logit) < float("inf"), logit, float("-inf")), 1)
     return logit, largest, found, here
 
@@ -159,14 +160,14 @@ def stream_kernel(
         held = tl.maximum(keys, 1).to(tl.float32)
         reached = centre * scale + scale * norm[:, None] * tl.load(radius + block, inside, 0.0)[None, :]
         if softcap is not None:
-            reached = softcap * tanh(reached / softcap)
+            reached = cap_of(reached, softcap)
         upper = tl.log(held)[None, :] + reached
         rounding = (held + (DIM + 16)) * UNIT * tl.load(key_norm + block, inside, 0.0)
         upper += rounding[None, :] * (scale * norm)[:, None] + 8 * UNIT * (1.0 + tl.abs(upper))
         left = tl.maximum((block * SIZE)[None, :], low[:, None])
         right = tl.minimum(tl.minimum(block * SIZE + SIZE, kv_len)[None, :], high[:, None])
         # what is no number is not below anything, and kept
-        wanted = there[:, None] & (right > left) & ((upper * LOG2E < (met - margin * LOG2E)[:, None]) == 0)
+        wanted = there[:, None] & (right > left) & ((upper < (met - margin)[:, None]) == 0)
         taken = inside & (keys > 0) & (forced | (tl.max(wanted.to(tl.int32), 0) != 0))
         number_read += tl.sum(taken.to(tl.int32), 0)
         keys_read += tl.sum(tl.where(taken, keys, 0).to(tl.int64), 0)
@@ -183,7 +184,7 @@ def stream_kernel(
             base, place = places(found, batch, kv_head, value, None, 0, WIDE)
             values = load_rows(base, place, here, value.col, V_DIM, BLOCK_V, True)
             clean = finite(values)
-            total, top, mass = fold(total, top, mass, logit, 1.0, clean, True)
+            total, top, mass = fold(total, top, mass, logit, LOG2E, clean, True)
             if tl.max(tl.max((clean.to(tl.float32) != values.to(tl.float32)).to(tl.int32), 1), 0) > 0:
                 total = restore(total, logit, found, here, batch, kv_head, value, None, V_DIM, BLOCK_V, BLOCK_N, 0, WIDE)
     if counts is not None:
@@ -193,7 +194,7 @@ def stream_kernel(
         tl.store(counts + 2, keys_seen)
     empty = top == float("-inf")
     weight = total / tl.where(empty, 1.0, mass)[:, None]
-    log = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, mass))) * LN2)
+    log = tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, mass)) * LN2)
     log = tl.where(top == float("inf"), float("inf"), log)
     part = run * batch_size + batch
     tl.store(part_lse + (tl.cast(part, tl.int64) * q_heads + mine) * q_len + row, log, mask=there)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from sieve_attn.geometry.triton.kernels import cap_of
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -197,18 +199,11 @@ def finite(x):
 
 
 @triton.jit
-def tanh(x):
-    small = tl.exp(-2.0 * tl.abs(x))
-    size = (1.0 - small) / (1.0 + small)
-    return tl.where(x < 0, -size, size)
-
-
-@triton.jit
 def capped(product, scale, softcap):
     """``cap * tanh(scale * product / cap)``, or the scaled product where there is no cap."""
     logit = product * scale
     if softcap is not None:
-        logit = softcap * tanh(logit / softcap)
+        logit = cap_of(logit, softcap)
     return logit
 
 
@@ -247,12 +242,11 @@ def visible(
 
 @triton.jit
 def biased(logit, seen, batch, head, row, key, bias, ROW_AXIS: tl.constexpr, WIDE: tl.constexpr):
-    """The logits in powers of two, -inf where a pair is not seen, and what is left of ``seen``: a bias of -inf hides."""
-    logit = logit * LOG2E
+    """The logits with their bias, -inf where a pair is not seen, and what is left of ``seen``: a bias of -inf hides."""
     if bias is not None:
         extra = tl.load(cells(bias, batch, head, row, key, ROW_AXIS, WIDE), mask=seen, other=0.0).to(tl.float32)
         seen &= extra != float("-inf")
-        logit += extra * LOG2E
+        logit += extra
     return tl.where(seen, logit, float("-inf")), seen
 
 

@@ -13,14 +13,10 @@ from torch import Tensor
 
 from sieve_attn import triton as door
 from sieve_attn.attend.triton.launch import power_of_two
+from sieve_attn.geometry.triton.kernels import cap_of
 from sieve_attn.types import Call, Selection
 
 ENTRIES = 4096  # keys times channels that a program holds at a time
-
-
-@triton.jit
-def cap_of(x, softcap):
-    return softcap * (1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0))
 
 
 @triton.jit
@@ -238,7 +234,7 @@ def attend(call: Call, selection: Selection) -> tuple[Tensor, Tensor]:
                 query, key, value, index, lse if bias is None else bias, sink, output, lse, q_len, index.shape[3],
                 float(call.scale), float(call.softcap or 1.0), *query.stride(), *key.stride(), *value.stride(), heads=heads,
                 GROUP=heads // key.shape[1], BIASED=bias is not None, SINK=call.sink is not None, CAPPED=call.softcap is not None,
-                **shape, num_warps=4,
+                **shape, num_warps=4, **door.PLAIN,
             )  # fmt: skip
     return output, lse
 
@@ -266,7 +262,7 @@ def backward(
                 query, key, value, index, lse if bias is None else bias, grad_output, lse, shift, grads["query"], weights, slopes,
                 d_bias, q_len, count, float(call.scale), float(call.softcap or 1.0), *query.stride(), *key.stride(),
                 *value.stride(), *grad_output.stride(), heads=heads, GROUP=group, BIASED=bias is not None,
-                CAPPED=call.softcap is not None, **shape, num_warps=4,
+                CAPPED=call.softcap is not None, **shape, num_warps=4, **door.PLAIN,
             )  # fmt: skip
             # pairs by key; those that are not there come last
             flat = torch.where(index < 0, kv_len, index).reshape(batch * kv_heads, -1)
@@ -277,6 +273,7 @@ def backward(
             gradients_of_keys[(kv_len, batch * kv_heads)](
                 query, grad_output, weights, slopes, pairs, ends, grads["key"], grads["value"], q_len, kv_len, count,
                 *query.stride(), *grad_output.stride(), kv_heads=kv_heads, GROUP=group, PAIRS=8, **widths, num_warps=2,
+                **door.PLAIN,
             )  # fmt: skip
     if bias is not None:
         full = torch.zeros((batch, heads, q_len, kv_len + 1), dtype=torch.float32, device=query.device)

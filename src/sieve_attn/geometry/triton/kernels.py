@@ -13,6 +13,23 @@ CALIBRATION = tl.constexpr(64)  # as in geometry/sketch.py
 
 
 @triton.jit
+def tanh(x):
+    """``tanh x`` to a few units of the last place, of small numbers too."""
+    size = tl.abs(x)
+    e = tl.exp(-2.0 * size)
+    z = size * size
+    series = size * (1.0 + z * (-1.0 / 3.0 + z * (2.0 / 15.0 + z * (-17.0 / 315.0 + z * (62.0 / 2835.0)))))
+    size = tl.where(size < 0.3, series, (1.0 - e) / (1.0 + e))
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def cap_of(x, softcap):
+    """``cap * tanh(x / cap)``."""
+    return softcap * tanh(x / softcap)
+
+
+@triton.jit
 def is_finite(x):
     return (x.to(tl.int32, bitcast=True) & 0x7F800000) != 0x7F800000
 
@@ -225,4 +242,4 @@ def summarise(
         for plane in tl.static_range(BITS):
             bit = (whole_code >> (BITS - 1 - plane)) & 1
             packed = tl.sum(bit << place[None, None, :], 2)
-            tl.store(planes + plane * plane_stride + at_byte, packed.to(tl.uint8), byte_there)
+            tl.store(planes + plane * tl.cast(plane_stride, tl.int64) + at_byte, packed.to(tl.uint8), byte_there)

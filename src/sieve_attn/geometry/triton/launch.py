@@ -6,11 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
+from sieve_attn import triton as door
 from sieve_attn.geometry.triton import kernels
 from sieve_attn.types import Statistics
 
-# nothing may be fused: see the kernels
-PLAIN = {"enable_fp_fusion": False}
 CALIBRATION_ROWS = 16
 ENTRIES, ENTRIES_A_THREAD = 2048, 8  # keys times channels of one program, and of one thread, where blocks are not larger
 
@@ -76,7 +75,7 @@ def summarise(
         fresh("channel_scale", torch.float32, dim)
         kernels.calibrate[(batch * heads,)](
             key, masks, made["channel_scale"], heads, kv_len, *key.stride(), *mask_strides, dim=dim, MASKED=masked,
-            PADDED=max(16, triton.next_power_of_2(dim)), ROWS=CALIBRATION_ROWS, num_warps=8, **PLAIN,
+            PADDED=max(16, triton.next_power_of_2(dim)), ROWS=CALIBRATION_ROWS, num_warps=8, **door.PLAIN,
         )  # fmt: skip
     elif bits:
         made["channel_scale"] = channel_scale.float().contiguous()
@@ -93,6 +92,6 @@ def summarise(
             key, values, masks, *at.values(), heads, kv_len, pieces, batch * heads * kv_len * (-(-dim // 8)),
             *key.stride(), *values.stride(), *mask_strides, *(clips + (0.0,) * (5 - len(clips))),
             dim=dim, v_dim=v_dim, block_size=size, MASKED=masked, RADIUS=asked.radius, BOX=asked.box, VALUE=asked.value,
-            STATISTICS=statistics, BITS=planes, **shape, **PLAIN,
+            STATISTICS=statistics, BITS=planes, **shape, **door.PLAIN,
         )  # fmt: skip
     return made

@@ -288,7 +288,7 @@ def remember(
     begin = from_block // CHUNK * CHUNK
     lost_some = tl.load(forgotten + local) != 0
     if lost_some:
-        kv = head // KV_EACH
+        kv = (head // KV_EACH).to(tl.int64)
         one = (batch * (heads // KV_EACH) + kv).to(tl.int64)
         befores = before + batch.to(tl.int64) * (kv_len + 1)
         end = calibration
@@ -317,7 +317,7 @@ def remember(
             for first in range(from_block // BLOCKS * BLOCKS, to_block, BLOCKS):
                 found = estimates(
                     first, rows, factor, extra, sound, early, low, high, query_at,
-                    query, key + batch.to(tl.int64) * key_b + kv.to(tl.int64) * key_h, codes + one * kv_len * PADDED,
+                    query, key + batch.to(tl.int64) * key_b + kv * key_h, codes + one * kv_len * PADDED,
                     planes + batch.to(tl.int64) * plane_b + kv * plane_h, key_scale + batch.to(tl.int64) * scale_b + kv * scale_h,
                     mean + batch.to(tl.int64) * mean_b + kv * mean_h, radius + batch.to(tl.int64) * block_b + kv * block_h,
                     count + batch.to(tl.int64) * block_b + kv * block_h, part + batch.to(tl.int64) * part_b, befores,

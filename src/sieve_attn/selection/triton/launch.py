@@ -248,7 +248,7 @@ class _Run:
             scoring.score[(units, row_tiles, self.splits)](
                 *self.scored, self.estimate, *self.parts, first, *self.places, self.span, self.calibration, self.window,
                 float(self.call.scale), float(self.cap), *self.strides, STRIDE=grid.stride, SLOTS=grid.slots, **shared,
-                **self.scorer, num_warps=self.warps, num_stages=2,
+                **self.scorer, num_warps=self.warps, num_stages=2, **door.PLAIN,
             )  # fmt: skip
         found = (number, kept, visible, dense.view(torch.int8))
         choosing.choose[(units,)](
@@ -256,13 +256,13 @@ class _Run:
             first, *self.places, grid.rows, self.splits, self.window, *self.ends, self.limit,
             self.share_bits, self.amount, float(policy.dense_above), RULE=gate.RULES[type(policy.selector)],
             EVERYTHING=self.everything, MAY_FORGET=self.forgets, MAY_TURN=self.turns, **shared, **self.forced,
-            ROWS=self.rows_chosen, SPLITS=triton.next_power_of_2(self.splits), CHUNK=self.chunk, num_warps=8,
+            ROWS=self.rows_chosen, SPLITS=triton.next_power_of_2(self.splits), CHUNK=self.chunk, num_warps=8, **door.PLAIN,
         )  # fmt: skip
         if self.forgets:
             choosing.remember[(units,)](
                 *self.scored, self.sights, self.marks, *found, self.forgotten, first, *self.places, self.calibration, self.window,
                 float(self.call.scale), float(self.cap), float(policy.dense_above), *self.strides, MAY_TURN=self.turns, **shared,
-                **self.scorer_of_few, CHUNK=min(64, self.chunk), num_warps=8, num_stages=2,
+                **self.scorer_of_few, CHUNK=min(64, self.chunk), num_warps=8, num_stages=2, **door.PLAIN,
             )  # fmt: skip
 
     def list(self, first: int, units: int, number: Tensor, row_ptr: Tensor, index: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sieve_attn.geometry.triton.kernels import is_finite
+from sieve_attn.geometry.triton.kernels import cap_of, is_finite
 from sieve_attn.selection.triton.sight import interval, keys_between, looked_at, reach, tile_queries, unit_at
 
 LOWEST = tl.constexpr(-1e30)
@@ -19,20 +19,20 @@ def unpack(planes, plane_stride, place, there, byte_there, BITS: tl.constexpr, B
     The bytes of up to four planes become one word, of which a multiplication gathers the four bits of a channel.
     """
     byte = tl.arange(0, BYTES)
-    at = planes + place[:, None] + byte[None, :]
+    at, apart = planes + place[:, None] + byte[None, :], tl.cast(plane_stride, tl.int64)
     allowed = there[:, None] & byte_there[None, :]
     shift = 7 - tl.arange(0, 8)
     FIRST: tl.constexpr = BITS if BITS < 4 else 4
     word = tl.zeros((place.shape[0], BYTES), tl.uint32)
     for plane in tl.static_range(FIRST):
-        word = word | (tl.load(at + plane * plane_stride, allowed, 0).to(tl.uint32) << (24 - 8 * plane))
+        word = word | (tl.load(at + plane * apart, allowed, 0).to(tl.uint32) << (24 - 8 * plane))
     bits = (word[:, :, None] >> shift[None, None, :].to(tl.uint32)) & 0x01010101
     code = (bits * 0x01020408) >> (24 + 4 - FIRST)
     if BITS > 4:
         REST: tl.constexpr = BITS - 4
         word = tl.zeros((place.shape[0], BYTES), tl.uint32)
         for plane in tl.static_range(REST):
-            word = word | (tl.load(at + (4 + plane) * plane_stride, allowed, 0).to(tl.uint32) << (24 - 8 * plane))
+            word = word | (tl.load(at + (4 + plane) * apart, allowed, 0).to(tl.uint32) << (24 - 8 * plane))
         bits = (word[:, :, None] >> shift[None, None, :].to(tl.uint32)) & 0x01010101
         code = (code << REST) | ((bits * 0x01020408) >> (24 + 4 - REST))
     return code.to(tl.int32).reshape(place.shape[0], 8 * BYTES)
@@ -45,7 +45,7 @@ def expand(planes, codes, plane_stride, plane_b, plane_h, kv_heads, kv_len, dim:
     number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = number < kv_len
     key = tl.program_id(1).to(tl.int64) * kv_len + number
-    planes += (tl.program_id(1) // kv_heads).to(tl.int64) * plane_b + tl.program_id(1) % kv_heads * plane_h
+    planes += (tl.program_id(1) // kv_heads).to(tl.int64) * plane_b + (tl.program_id(1) % kv_heads).to(tl.int64) * plane_h
     byte_there = tl.arange(0, PADDED // 8) * 8 < dim
     code = unpack(planes, plane_stride, number.to(tl.int64) * ((dim + 7) // 8), there, byte_there, BITS, PADDED // 8)
     channel = tl.arange(0, PADDED)
@@ -59,11 +59,6 @@ def log_sum(x):
     base = tl.where((top > float("-inf")) & (top < float("inf")), top, 0.0)
     total = tl.sum(tl.exp(x - base[:, :, None]), 2)
     return tl.where(top == float("-inf"), top, base + tl.log(tl.where(total > 0, total, 1.0)))
-
-
-@triton.jit
-def cap_of(x, softcap):
-    return softcap * (1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0))
 
 
 @triton.jit
@@ -189,7 +184,7 @@ def score(
     """Estimates [units, rows, blocks] of some rows of one unit, and the mass of each row over ``span`` blocks."""
     unit = first_unit + tl.program_id(0)
     batch, head, tile = unit_at(unit, tiles, heads)
-    kv = head // KV_EACH
+    kv = (head // KV_EACH).to(tl.int64)
     kv_heads = heads // KV_EACH
     one = (batch * kv_heads + kv).to(tl.int64)
     lane_query, lane_there = tile_queries(tile, q_len, lead, TILE, LANES)
@@ -214,7 +209,7 @@ def score(
     for first in range(begin, stop, BLOCKS):
         found = estimates(
             first, rows, factor, extra, sound, early, low, high, query_at,
-            query, key + batch.to(tl.int64) * key_b + kv.to(tl.int64) * key_h, codes + one * kv_len * PADDED,
+            query, key + batch.to(tl.int64) * key_b + kv * key_h, codes + one * kv_len * PADDED,
             planes + batch.to(tl.int64) * plane_b + kv * plane_h, key_scale + batch.to(tl.int64) * scale_b + kv * scale_h,
             mean + batch.to(tl.int64) * mean_b + kv * mean_h, radius + batch.to(tl.int64) * block_b + kv * block_h,
             count + batch.to(tl.int64) * block_b + kv * block_h, part + batch.to(tl.int64) * part_b, befores,
