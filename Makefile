@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak gpu-check sanitize emulate-amx setup lint clean
+.PHONY: demo test soak gpu-check sanitize emulate setup lint clean
 
 setup: $(VENV)/.ready
 
@@ -41,11 +41,17 @@ sanitize:
 		cmake --build build/sanitize-$${s%%,*} --parallel 2 && build/sanitize-$${s%%,*}/native_tests || exit 1; \
 	done
 
-# the kernels for tile registers (AMX), on a machine without them: tiles are computed in software, slowly
-emulate-amx: setup
-	$(BIN)/python -m pip install --quiet --no-deps --editable . --config-settings cmake.define.SIEVE_EMULATE_AMX=ON
-	SIEVE_LEVEL=amx $(BIN)/python -m pytest -n 2 -m "not long" -k amx; passed=$$?; \
-	$(BIN)/python -m pip install --quiet --no-deps --editable . --config-settings cmake.define.SIEVE_EMULATE_AMX=OFF; exit $$passed
+# the kernels for instructions that this machine lacks, computed in software, slowly: AMX, or AVX-512 and all above it
+EMULATED = $(if $(call has,avx512_bf16,yes),amx,avx512)
+emulate: setup
+	cmake -S . -B build/emulate -DSIEVE_TESTS=ON -DSIEVE_EMULATE=$(EMULATED)
+	cmake --build build/emulate --parallel 2 && build/emulate/native_tests
+	$(BIN)/python -m pip install --quiet --no-deps --editable . --config-settings cmake.define.SIEVE_EMULATE=$(EMULATED)
+	passed=0; $(BIN)/python -m pytest -n 2 -m "not long" -k "avx512 or vnni or amx" || passed=1; \
+	for level in avx512 vnni amx; do \
+		SIEVE_LEVEL=$$level $(BIN)/python -m pytest -n 2 -m "not long" tests/test_huge_logits.py tests/test_whole_calls.py || passed=1; \
+	done; \
+	$(BIN)/python -m pip install --quiet --no-deps --editable . --config-settings cmake.define.SIEVE_EMULATE=; exit $$passed
 
 lint: setup
 	$(BIN)/ruff check --quiet src tests models docs

@@ -31,7 +31,7 @@ struct Level {
   bool runs;
 };
 
-bool amx_allowed() {
+[[maybe_unused]] bool amx_allowed() {
 #if defined(__linux__) && defined(__x86_64__)
   // tile data is off until a process asks for it (arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA))
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
@@ -46,18 +46,21 @@ const std::vector<Level>& all() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool v2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(SIEVE_EMULATE_AVX512)
+    const bool v512 = v2, dots = v2;
+#else
     const bool v512 = v2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    (void)v512;
+    const bool dots = v512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+                      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+#endif
+    (void)dots;
 #ifdef SIEVE_HAS_avx2
     list.push_back({"avx2", &avx2::table, v2});
 #endif
 #ifdef SIEVE_HAS_avx512
     list.push_back({"avx512", &avx512::table, v512});
 #endif
-    const bool dots = v512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
-                      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
-    (void)dots;
 #ifdef SIEVE_HAS_vnni
     list.push_back({"vnni", &vnni::table, dots});
 #endif

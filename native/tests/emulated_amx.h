@@ -1,4 +1,4 @@
-// Tile registers in software, put before every kernel of the amx level by -DSIEVE_EMULATE_AMX=ON: its kernels can then be
+// Tile registers in software, put before every kernel of the amx level by -DSIEVE_EMULATE=amx or avx512: its kernels can then be
 // tested on machines without AMX. Shapes that the hardware would refuse end the process.
 #pragma once
 #include <immintrin.h>
