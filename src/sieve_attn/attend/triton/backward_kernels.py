@@ -158,6 +158,9 @@ def query_kernel(
             # a key that is no number shows in the lse of the rows that see it; others must not meet it
             base, offset = places(found, batch, kv_head, key, None, 0, WIDE)
             keys = load_rows(base, offset, there, key.col, DIM, BLOCK_D, True)
+            # and where their lse is a number all the same, its logit was -inf: it has no weight
+            there &= tl.min((tl.abs(keys.to(tl.float32)) < float("inf")).to(tl.int32), 1) > 0
+            keys = finite(keys)
             base, offset = places(found, batch, kv_head, value, None, 0, WIDE)
             values = finite(load_rows(base, offset, there, value.col, V_DIM, BLOCK_V, True))
             seen = visible(
@@ -174,7 +177,7 @@ def query_kernel(
             if grad_bias is not None:
                 place = cells(grad_bias, batch, safe_head, row, found, 0, WIDE)
                 tl.store(place, tl.load(place, mask=seen, other=0.0) + slope, mask=seen)
-            total = tl.dot(inner.to(keys.dtype), finite(keys), total, input_precision="ieee")
+            total = tl.dot(inner.to(keys.dtype), keys, total, input_precision="ieee")
     if row_sums is not None:
         tl.store(row_sums + (tl.cast(batch, tl.int64) * q_heads + safe_head) * q_len + row, sums, mask=row_there)
     row_base, row_offset = row_places(head, row, row_there, batch, first_head, grad_query, WIDE)
