@@ -1,8 +1,10 @@
 """The layers of number-theoretic attention: what they compute, their caches, their errors."""
 
+import copy
 import math
+import pickle
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from torch.nn import functional
 
 import sieve_attn
 from sieve_attn import layers, native, patterns
+from sieve_attn.attend import offset_op
 from sieve_attn.functional import offset_attention
 from sieve_attn.layers import MianChowlaSelfAttention, PrimeSelfAttention, SparseIndexAttention, SquareSelfAttention, sparse_index
 from sieve_attn.testing import assert_close
@@ -187,6 +190,91 @@ def test_patterns_of_ones_own_are_told_apart(plain):
         kept = torch.from_numpy(pattern.to_dense(30))
         wanted = functional.scaled_dot_product_attention(x, x, x, attn_mask=kept)
         assert_close(offset_attention(x, x, x, pattern), wanted, dtype=torch.float32)
+
+
+class Multiples(patterns.OffsetSet):
+    def __init__(self, step):
+        self.step = step
+
+    def up_to(self, limit):
+        return np.arange(self.step, limit + 1, self.step)
+
+
+class Shifted(patterns.Primes):
+    """Inherits the fields of a dataclass, which do not tell its instances apart."""
+
+    def __init__(self, by):
+        super().__init__()
+        object.__setattr__(self, "by", by)
+
+    def up_to(self, limit):
+        return super().up_to(max(limit - self.by, 0)) + self.by
+
+
+@dataclass(frozen=True)
+class Listed(patterns.OffsetSet):
+    """Holds an array, whose repr is abbreviated and which cannot be hashed."""
+
+    table: np.ndarray
+
+    def up_to(self, limit):
+        return self.table[: np.searchsorted(self.table, limit, "right")]
+
+
+@dataclass(frozen=True)
+class Taken(patterns.OffsetSet):
+    """Takes what is none of its fields."""
+
+    step: InitVar[int] = 1
+
+    def __post_init__(self, step):
+        object.__setattr__(self, "every", step)
+
+    def up_to(self, limit):
+        return np.arange(self.every, limit + 1, self.every)
+
+
+ALIKE = {
+    "a plain class": [Multiples(2), Multiples(3)],
+    "a subclass of a dataclass": [Shifted(1), Shifted(7)],
+    "a long array": [Listed(np.arange(1, 3000, 2)), Listed(np.r_[1:1000:2, 1002:1102:2, 1101:3000:2])],
+    "what is no field": [Taken(2), Taken(3)],
+    "unions": [Shifted(n) | patterns.Window(2) for n in (1, 7)],
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("pair", ALIKE)
+def test_patterns_of_one_class_are_told_apart(pair, compiled):
+    torch._dynamo.reset()
+    x, call = torch.randn(1, 1, 2000, 8), offset_attention
+    if compiled:
+        call = torch.compile(call, fullgraph=True, backend="eager")
+    for pattern in ALIKE[pair]:
+        # not by `keeps`, which remembers patterns as well
+        apart, kept = np.subtract.outer(np.arange(2000), np.arange(2000)), pattern.reach(1999).offsets
+        dense = (apart >= 0) & np.isin(apart, kept)
+        _, report = offset_attention(x, x, x, pattern, return_report=True)
+        assert report.pairs == dense.sum()
+        assert np.array_equal(pattern.to_dense(2000), dense)
+        wanted = functional.scaled_dot_product_attention(x, x, x, attn_mask=torch.from_numpy(dense))
+        seen = torch.from_numpy(dense.any(1))  # of a query without keys PyTorch makes what it likes
+        assert_close(call(x, x, x, pattern)[:, :, seen], wanted[:, :, seen], dtype=torch.float32)
+
+
+def test_patterns_that_their_text_gives_back_are_not_held():
+    before = dict(offset_op._KNOWN)
+    x = torch.zeros(1, 1, 4, 8)
+    for n in range(2, 9):
+        offset_attention(x, x, x, patterns.OffsetPattern((1, n)) | patterns.Window(n))
+    assert before == offset_op._KNOWN
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copied_layer_compiles_with_a_pattern_of_ones_own(copied):
+    torch._dynamo.reset()
+    layer, x = SparseIndexAttention(8, Multiples(3)), torch.randn(1, 9, 8)
+    assert_close(torch.compile(copied(layer), fullgraph=True, backend="eager")(x), layer(x), dtype=torch.float32)
 
 
 def test_patterns_of_ones_own_compile_in_a_layer_and_say_why_not_elsewhere():

@@ -18,28 +18,17 @@ from sieve_attn.attend import offsets as stage
 from sieve_attn.attend.torch_op import _empty_output
 from sieve_attn.checks import error
 from sieve_attn.patterns import Pattern
-from sieve_attn.patterns.base import members
+from sieve_attn.patterns.base import written
 
-_KNOWN: dict[str, Pattern] = {}  # patterns that were met as objects; others are read from their text
+_KNOWN: dict[str, Pattern] = {}  # patterns that their text alone does not give back
 
 
 def text_of(pattern: Pattern) -> str:
     """The text under which the operator finds ``pattern`` again."""
-    parts = [_written(part) for part in members(pattern)]
-    text = parts[0] if len(parts) == 1 else f"Union(({', '.join(parts)}))"
-    if not torch.compiler.is_compiling():
-        _KNOWN[text] = pattern
+    text = written(pattern)
+    if not torch.compiler.is_compiling() and ("@" in text or "#" in text):
+        _KNOWN[text] = pattern  # for good: a graph may name it at any time
     return text
-
-
-def _written(pattern: Pattern) -> str:
-    """What ``repr`` gives, in words that the compiler can follow. Classes of other people's are told apart by more than a name,
-    which two of them may share and a notebook defines again and again."""
-    kind = type(pattern)
-    name = kind.__name__ if kind.__module__.startswith("sieve_attn.") else f"{kind.__name__}@{id(kind)}"
-    if not hasattr(kind, "__dataclass_fields__"):
-        return f"{name}@{id(pattern)}()"
-    return f"{name}({', '.join(f'{n}={getattr(pattern, n)!r}' for n in kind.__dataclass_fields__)})"
 
 
 def found_in(text: str, kv_len: int) -> tuple[stage.Reach, Tensor]:
@@ -55,6 +44,7 @@ def _found(text: str, limit: int) -> tuple[stage.Reach, Tensor]:
 
 
 def _read(text: str) -> Pattern:
+    # the class of an entry point is found by its name; an identity (#) is a comment to the parser, so nothing is made of it
     try:
         return policies.parse(f"Policy(keep={re.sub('@[0-9]+', '', text)})").keep
     except ValueError:

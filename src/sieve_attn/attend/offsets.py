@@ -18,7 +18,7 @@ from sieve_attn import triton as door
 from sieve_attn.attend import reference
 from sieve_attn.checks import error
 from sieve_attn.patterns import OffsetSet, Pattern, Sinks, Window
-from sieve_attn.patterns.base import members
+from sieve_attn.patterns.base import Known, members
 from sieve_attn.patterns.reach import Reach
 from sieve_attn.types import Call, Offsets, Ranges, Selection
 
@@ -51,7 +51,7 @@ LEAST_ROWS = 1024  # `auto` does not permute fewer queries
 
 def reach(pattern: Pattern, kv_len: int) -> Reach | None:
     """The pattern as a prefix and offsets up to a power of two above ``kv_len``; None if it is made of other things."""
-    return _reach(pattern, 1 << max(kv_len - 1, 1).bit_length()) if made_of_offsets(pattern) else None
+    return _reach(Known(pattern), 1 << max(kv_len - 1, 1).bit_length()) if made_of_offsets(pattern) else None
 
 
 def made_of_offsets(pattern: Pattern) -> bool:
@@ -60,8 +60,8 @@ def made_of_offsets(pattern: Pattern) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _reach(pattern: Pattern, limit: int) -> Reach:
-    found = pattern.reach(limit)
+def _reach(known: Known, limit: int) -> Reach:
+    found = known.pattern.reach(limit)
     offsets = found.offsets.view()  # cached, so that nobody may write to it
     offsets.flags.writeable = False
     return Reach(found.prefix, offsets)

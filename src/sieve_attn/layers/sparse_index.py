@@ -64,6 +64,10 @@ class SparseIndexAttention(nn.Module):
         self.in_proj = nn.Linear(embed_dim, 3 * embed_dim, device=device, dtype=dtype)
         self.out_proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        offset_op.text_of(self.pattern)  # a copy's, too
+
     def forward(self, x: Tensor, *, return_attention: bool = False) -> Tensor | tuple[Tensor, SparseWeights]:
         """[batch, len, embed_dim] to the same shape; with ``return_attention`` also the weights of the kept tokens alone."""
         self._check(x, 0)

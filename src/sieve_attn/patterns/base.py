@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -16,6 +16,7 @@ from sieve_attn.types import Selection
 Array = Any
 
 _CHUNK = 1 << 24  # entries of rows x keys that counting holds at a time
+_EXACT = (int, float, str, bool, type(None))  # types that `repr` writes in full: arrays are abbreviated
 
 
 class Pattern:
@@ -79,6 +80,45 @@ class Pattern:
 
 def members(pattern: Pattern) -> tuple[Pattern, ...]:
     return pattern.patterns if isinstance(pattern, Union) else (pattern,)
+
+
+def written(pattern: Pattern) -> str:
+    """A text that no two patterns share while both are held, in words that the compiler can follow: what they are told apart by.
+
+    It is the ``repr`` of a dataclass of plain values. Others keep things that no text shows, as subclasses do of a dataclass
+    whose fields they inherit: they go by identity. Classes of other people's are told apart by more than a name, which two of
+    them may share and a notebook defines again and again.
+    """
+    kind = type(pattern)
+    if kind is Union:
+        parts = [written(part) for part in pattern.patterns]
+        return parts[0] if len(parts) == 1 else f"Union(({', '.join(parts)}))"
+    name = kind.__name__ if kind.__module__.startswith("sieve_attn.") else f"{kind.__name__}@{id(kind)}"
+    if "__dataclass_fields__" in kind.__dict__:
+        names = [f.name for f in fields(pattern)]
+        # what a dataclass takes and keeps nowhere, or elsewhere, is a field that `fields` does not count
+        if len(names) == len(kind.__dataclass_fields__) and all(_exact(getattr(pattern, n)) for n in names):
+            return f"{name}({', '.join(f'{n}={getattr(pattern, n)!r}' for n in names)})"
+    return f"{name}#{id(pattern)}"
+
+
+def _exact(value: Any) -> bool:
+    return type(value) in _EXACT or (type(value) is tuple and all(type(v) in _EXACT for v in value))
+
+
+class Known:
+    """A pattern as the key of a cache: what its class calls equal may keep other keys, and not every class can be hashed."""
+
+    __slots__ = ("pattern", "text")
+
+    def __init__(self, pattern: Pattern):
+        self.pattern, self.text = pattern, written(pattern)
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Known) and self.text == other.text
 
 
 @dataclass(frozen=True)

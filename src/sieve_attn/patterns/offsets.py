@@ -11,7 +11,7 @@ import numpy as np
 
 from sieve_attn import arrays
 from sieve_attn.checks import error, positive_int
-from sieve_attn.patterns.base import Pattern
+from sieve_attn.patterns.base import Known, Pattern
 from sieve_attn.patterns.reach import Reach
 from sieve_attn.types import Offsets, Selection
 
@@ -29,7 +29,7 @@ class OffsetSet(Pattern):
         xp = arrays.namespace(position, key)
         apart = position - key
         limit = max(int(apart.max()), 1)
-        table = xp.asarray(_marks(self, 1 << (limit - 1).bit_length()), xp.boolean, apart)
+        table = xp.asarray(_marks(Known(self), 1 << (limit - 1).bit_length()), xp.boolean, apart)
         inside = apart > 0
         return table[xp.where(inside, apart, 0)] & inside
 
@@ -41,10 +41,10 @@ class OffsetSet(Pattern):
 
 
 @lru_cache(maxsize=32)
-def _marks(pattern: OffsetSet, limit: int) -> np.ndarray:
+def _marks(known: Known, limit: int) -> np.ndarray:
     """[limit + 1] bool: which distances are offsets."""
     marks = np.zeros(limit + 1, bool)
-    marks[pattern.up_to(limit)] = True
+    marks[known.pattern.up_to(limit)] = True
     return marks
 
 
