@@ -254,6 +254,41 @@ def test_biases_of_xformers_by_name(kind, q_len, kv_len):
     assert torch.equal(AetherAttention(-math.inf, 16)(q, k, v, bias), out)
 
 
+def tensor_of(name, bias=None):
+    """A bias as xFormers makes its lower-triangular ones: a tensor by type, which refuses every operation."""
+
+    class Made(torch.Tensor):
+        materialize, allowed = LowerTriangularMask.materialize, LowerTriangularMask.allowed
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return NotImplemented
+
+        def __repr__(self):
+            return name
+
+    shape = () if bias is None else bias.shape
+    made = torch.Tensor._make_wrapper_subclass(type(name, (Made,), {}), shape, dtype=torch.float32)
+    if bias is not None:
+        type(made).materialize = lambda self, *args, **where: LowerTriangularMask().materialize(*args, **where) + bias
+    return made
+
+
+@pytest.mark.parametrize("shape", [None, (40, 40), (2, 40, 40), (2, 1, 40, 40), (1, 3, 40, 40)])
+def test_biases_of_xformers_may_be_tensors(shape):
+    q, k, v = xformers(3)
+    bias = None if shape is None else draw(5, *shape).float().requires_grad_()
+    given = tensor_of("LowerTriangularMask" + ("" if shape is None else "WithTensorBias"), bias)
+    out = aether_attention(q, k, v, -math.inf, 16, attn_bias=given)
+    causal = LowerTriangularMask().materialize((40, 40), torch.float64)
+    wide = 0.0 if shape is None else (bias[:, None] if bias.ndim == 3 else bias).double()
+    exact = dense(q, k, v, bias=causal + wide)
+    assert_close(out, exact, plain=exact.float(), dtype=torch.float32)
+    assert torch.equal(AetherAttention(-math.inf, 16)(q, k, v, given), out)
+    if shape is not None:
+        assert torch.autograd.grad(out.sum(), bias)[0].shape == shape
+
+
 def test_packed_sequences_without_a_token_do_no_harm():
     q, k, v = xformers(3, batch=1)
     bias, gaps = BlockDiagonalCausalMask(), BlockDiagonalCausalMask()

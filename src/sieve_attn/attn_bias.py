@@ -23,8 +23,10 @@ def read_attn_bias(attn_bias: Any, query: Tensor, key: Tensor, groups: tuple[int
     if attn_bias is None:
         return plain
     q_len, kv_len = query.shape[2], key.shape[2]
-    if isinstance(attn_bias, Tensor):
-        return plain | {"bias": _dense(attn_bias, query.shape[0], query.shape[1], q_len, kv_len, groups)}
+    wide = (query.shape[0], query.shape[1], q_len, kv_len, groups)
+    # some of xFormers' biases are tensors by type, and hold nothing that could be added
+    if isinstance(attn_bias, Tensor) and not hasattr(attn_bias, "materialize"):
+        return plain | {"bias": _dense(attn_bias, *wide)}
     name = type(attn_bias).__name__
     if name in _BOTTOM_RIGHT or (name in _TRIANGULAR and q_len == kv_len):
         return plain | {"causal": True}
@@ -39,8 +41,7 @@ def read_attn_bias(attn_bias: Any, query: Tensor, key: Tensor, groups: tuple[int
             return plain | {"causal": name == "BlockDiagonalCausalMask", "cu_seqlens": packed}
     if hasattr(attn_bias, "materialize"):
         dense = attn_bias.materialize((q_len, kv_len), dtype=query.dtype, device=query.device)
-        dense = dense.reshape((1,) * (4 - dense.ndim) + tuple(dense.shape))
-        return plain | {"bias": dense.float()}
+        return plain | {"bias": _dense(dense.float(), *wide)}
     raise error(
         "attn_bias",
         "must be None, a tensor, or an object with `materialize(shape, dtype, device)`",
