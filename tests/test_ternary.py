@@ -428,6 +428,25 @@ def test_autocast_gives_the_dtype_of_the_unpacked_layer(options):
     assert torch.allclose(packed.float(), dense.float(), atol=0.1)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("options", [{}, {"per_row": True}, {"lsq": True}])
+@pytest.mark.parametrize("width", [64, 96])
+def test_autocast_multiplies_by_the_trits_that_are_packed(width, options, compiled):
+    torch.manual_seed(2)
+    layer = TernaryLinear(width, 256, hadamard=True, **options)
+    weights = lambda: layer.ternary_weight()  # noqa: E731
+    if compiled:
+        torch._dynamo.reset()
+        weights = torch.compile(weights, fullgraph=True, backend="aot_eager")
+    exact = layer.ternary_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = weights()
+        assert torch.equal(inside, exact)
+        layer(torch.eye(width)).sum().backward()
+    assert torch.isfinite(layer.weight.grad).all()
+    assert torch.equal(inside.sign().to(torch.int8), layer.trits())
+
+
 # bad input ---------------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -80,7 +82,13 @@ class TernaryLinear(nn.Module):
             self.scale.copy_(mean_size(self._rotated()))
 
     def _rotated(self) -> Tensor:
-        return self.weight if self.rotation is None else self.rotation(self.weight)
+        if self.rotation is None:
+            return self.weight
+        # trits are chosen from what comes out: autocast would round it first, and choose others than `trits` and `pack` do
+        device, wide = self.weight.device.type, torch.promote_types(self.weight.dtype, torch.float32)
+        known = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if known else nullcontext():
+            return self.rotation(self.weight.to(wide)).to(self.weight.dtype)
 
     def alpha(self) -> Tensor:
         """The scale of the trits: a number, or [out_features, 1] with ``per_row``; without gradient."""
