@@ -37,8 +37,9 @@ def compute_block_geometry(k: Array, block_size: int = 64) -> tuple[Array, Array
     block_size = checks.positive_int("block_size", block_size, "try 48 or 64")
     xp = arrays.namespace(k)
     if xp.name == "torch":
-        from sieve_attn.layers.operators import block_geometry
+        from sieve_attn.layers.operators import block_geometry, no_tangents
 
+        no_tangents(k, argument="k")
         return block_geometry(k, block_size)
     return geometry_of(k, block_size)
 
@@ -71,8 +72,9 @@ def precompute_metadata(
     _rank("keys", keys, "[batch, heads, len, head_dim]")
     block_size = checks.positive_int("block_size", block_size, "try 48 or 64")
     if arrays.namespace(keys).name == "torch":
-        from sieve_attn.layers.operators import aether_metadata
+        from sieve_attn.layers.operators import aether_metadata, no_tangents
 
+        no_tangents(keys, argument="keys")
         means, radii, variances, concentrations = aether_metadata(keys, block_size)
     else:
         means, radii, variances, concentrations = metadata_of(keys, block_size)
@@ -141,8 +143,9 @@ def run_aether_sparse(
     checks.positive("scale", scale, "fold a sign into the query")
     options = (float(threshold), float(scale), is_causal, local_window, recency_decay, target_sparsity, recency)
     if xp.name == "torch":
-        from sieve_attn.layers.operators import aether_gate
+        from sieve_attn.layers.operators import aether_gate, no_tangents
 
+        no_tangents(query, means, radii, variances, concentrations, argument="query, means, radii")
         return aether_gate(query, means, radii, variances, concentrations, *options)
     return gate(query, means, radii, variances, concentrations, *options)
 

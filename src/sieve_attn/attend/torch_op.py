@@ -197,13 +197,15 @@ def _backward_attend(ctx, grad_output, grad_lse):
 attend_op.register_autograd(_backward_attend, setup_context=_setup_attend)
 
 
-def refuse_tangents(*tensors: Tensor | None) -> None:
+def refuse_tangents(
+    *tensors: Tensor | None, argument: str = "query, key, value, bias, sink",
+    why: str = "attention differentiates in reverse mode only", remedy: str = "use torch.autograd.grad",
+) -> None:  # fmt: skip
     """Operators drop the tangents of forward-mode differentiation: a derivative of zero would come out."""
     if forward_ad._current_level < 0:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        rule = "must not carry tangents: attention differentiates in reverse mode only"
-        raise error("query, key, value, bias, sink", rule, "forward-mode differentiation", "use torch.autograd.grad")
+        raise error(argument, f"must not carry tangents: {why}", "forward-mode differentiation", remedy)
 
 
 def nobody_watches(call: Call) -> bool:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from sieve_attn import aether
+from sieve_attn.attend.torch_op import refuse_tangents
+
+no_tangents = partial(refuse_tangents, why="what chooses blocks has no derivative", remedy="detach it first")
 
 
 @torch.library.custom_op("sieve_attn::block_geometry", mutates_args=())

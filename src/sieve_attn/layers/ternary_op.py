@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sieve_attn import native
 from sieve_attn.arrays import torch_ops
-from sieve_attn.attend.torch_op import _modes, _transforms
+from sieve_attn.attend.torch_op import _modes, _transforms, refuse_tangents
 from sieve_attn.layers import packing
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -107,6 +107,7 @@ ternary_linear_op.register_autograd(_backward, setup_context=_setup)
 
 def ternary_linear(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool = False) -> Tensor:
     """The operator, passed by where nobody needs to see it: it costs as much as a small layer."""
+    refuse_tangents(x, argument="x", why="packed weights differentiate in reverse mode only")
     if watched(x):
         return ternary_linear_op(x, codes, alpha, rows, int8)
     return _compute(x, codes, alpha, rows, int8)
