@@ -1,5 +1,9 @@
 """Causal top-k attention as a layer: its definition, steps against full calls, caches that branch and grow, gradients."""
 
+import copy
+import pickle
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,6 +120,36 @@ def test_any_tree_of_appends_holds_what_was_appended(moves):
     for cache, expected in zip(caches, truth, strict=True):
         assert torch.equal(torch.cat(cache.arrays, -1), expected)
         assert len(cache) == expected.shape[2]
+
+
+class Interrupted(torch.Tensor):
+    """Lets something else happen at the moment at which it is written into a buffer, as another thread would."""
+
+    meanwhile: ClassVar = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__setitem__ and cls.meanwhile:
+            cls.meanwhile.pop()()
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_threads_that_step_from_one_cache_share_no_entries():
+    cache = GrowingArrays.empty(1, 1, (2,), torch.device("cpu"), torch.float32).append((torch.zeros(1, 1, 3, 2),))
+    others = []
+    Interrupted.meanwhile.append(lambda: others.append(cache.append((torch.full((1, 1, 2, 2), 5.0),))))
+    mine = cache.append((torch.ones(1, 1, 1, 2).as_subclass(Interrupted),))
+    assert mine.arrays[0].flatten().tolist() == [0.0] * 6 + [1.0] * 2
+    assert others[0].arrays[0].flatten().tolist() == [0.0] * 6 + [5.0] * 4
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_caches_can_be_copied(copied):
+    layer, x = make(n=9)
+    with torch.no_grad():
+        _, cache = steps(layer, x[:, :6])
+        rows, _ = steps(layer, x[:, 6:], copied(cache))
+        assert torch.equal(rows, steps(layer, x[:, 6:], cache)[0])
 
 
 def test_appending_copies_seldom():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -11,15 +13,25 @@ from torch import Tensor
 from sieve_attn import checks
 
 LEAST = 64
+_CLAIMS = Lock()  # one for all: it is held for two lines, and caches are copied and pickled
 
 
 class _Storage:
-    """Buffers that several views share, and how many of their entries are written."""
+    """Buffers that several views share, and how many of their entries are written or about to be."""
 
     __slots__ = ("buffers", "used")
 
     def __init__(self, buffers: list[Tensor], used: int):
         self.buffers, self.used = buffers, used
+
+    def claim(self, length: int, total: int) -> bool:
+        """Whether the caller may write the entries from ``length`` to ``total``: of all that ask for them, one may."""
+        # the compiler follows no lock: threads may not step through compiled code from one cache
+        with nullcontext() if torch.compiler.is_compiling() else _CLAIMS:
+            free = self.used == length
+            if free:
+                self.used = total
+        return free
 
 
 class GrowingArrays:
@@ -73,11 +85,11 @@ class GrowingArrays:
             return GrowingArrays(_Storage(joined, total), total)
         storage = self._storage
         with torch.no_grad():
-            if storage.used != self.length or not all(_writable(b, total) for b in storage.buffers):
+            if not (all(_writable(b, total) for b in storage.buffers) and storage.claim(self.length, total)):
                 storage = self._copied(total + max(LEAST, total // 4))
+                storage.claim(self.length, total)
             for buffer, x in zip(storage.buffers, new, strict=True):
                 buffer[:, :, self.length : total] = x
-        storage.used = total
         return GrowingArrays(storage, total)
 
     def _copied(self, capacity: int) -> _Storage:
