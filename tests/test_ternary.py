@@ -12,7 +12,6 @@ from torch.nn import functional
 import sieve_attn
 from sieve_attn import native
 from sieve_attn.layers import PackedTernaryLinear, TernaryLinear, pack_ternary, packing
-from sieve_attn.layers.rotation import Rotation
 from sieve_attn.layers.ternary_op import fewest, reference, round_tokens, ternary_linear, ternary_linear_op, two_bits
 from sieve_attn.testing import assert_close
 
@@ -110,24 +109,6 @@ def test_the_scale_learns():
         (layer(x) - functional.linear(x, layer.weight.detach())).square().sum().backward()
         optimiser.step()
     assert layer.scale.item() < before / 1.5
-
-
-@pytest.mark.parametrize("width", [1, 2, 16, 32, 48, 96])
-def test_rotations_are_orthogonal_and_cancel(width):
-    rotate = Rotation(width)
-    matrix = rotate(torch.eye(width))
-    assert torch.allclose(matrix @ matrix.T, torch.eye(width), atol=1e-5)
-    if width & (width - 1) == 0:
-        signs = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(width)] for i in range(width)])
-        assert torch.allclose(matrix, signs * width**-0.5, atol=1e-6)
-    assert torch.equal(matrix, Rotation(width)(torch.eye(width)))
-    layer = TernaryLinear(width, 9, hadamard=True)
-    x = torch.randn(3, width)
-    weight = layer.rotation(layer.weight)
-    alpha = weight.abs().mean().clamp_min(1e-5)
-    assert torch.allclose(layer(x), rotate(x) @ (torch.clamp(torch.round(weight / alpha), -1, 1) * alpha).T, atol=1e-5)
-    assert torch.allclose(functional.linear(rotate(x), weight), functional.linear(x, layer.weight), atol=1e-4)
-    assert not [name for name in layer.state_dict() if "rotation" in name]
 
 
 # packing -----------------------------------------------------------------------------------------------------------------
@@ -426,25 +407,6 @@ def test_autocast_gives_the_dtype_of_the_unpacked_layer(options):
         dense, packed = layer(x), layer.pack()(x)
     assert packed.dtype == dense.dtype == torch.bfloat16
     assert torch.allclose(packed.float(), dense.float(), atol=0.1)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("options", [{}, {"per_row": True}, {"lsq": True}])
-@pytest.mark.parametrize("width", [64, 96])
-def test_autocast_multiplies_by_the_trits_that_are_packed(width, options, compiled):
-    torch.manual_seed(2)
-    layer = TernaryLinear(width, 256, hadamard=True, **options)
-    weights = lambda: layer.ternary_weight()  # noqa: E731
-    if compiled:
-        torch._dynamo.reset()
-        weights = torch.compile(weights, fullgraph=True, backend="aot_eager")
-    exact = layer.ternary_weight()
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = weights()
-        assert torch.equal(inside, exact)
-        layer(torch.eye(width)).sum().backward()
-    assert torch.isfinite(layer.weight.grad).all()
-    assert torch.equal(inside.sign().to(torch.int8), layer.trits())
 
 
 # bad input ---------------------------------------------------------------------------------------------------------------

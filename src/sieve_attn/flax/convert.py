@@ -82,7 +82,7 @@ def _ternary_from_torch(module: Any) -> TernaryLinear:
     if module.lsq:
         made.scale = nnx.Param(_to_jax(module.scale))
     if made.rotation is not None:
-        made.rotation = Rotation(_to_jax(module.rotation.matrix))
+        made.rotation = Rotation(_to_jax(module.rotation.factors[0]))
     return made
 
 
@@ -97,7 +97,7 @@ def _ternary_to_torch(module: TernaryLinear) -> Any:
         if module.lsq:
             made.scale.copy_(_to_torch(module.scale[...]))
         if module.rotation is not None:
-            made.rotation.matrix.copy_(_to_torch(module.rotation[...]))
+            made.rotation.factors[0].copy_(_to_torch(module.rotation[...]))
     return made
 
 

@@ -68,7 +68,7 @@ class TernaryLinear(nn.Module):
         self.quantize, self.per_row, self.hadamard, self.lsq = bool(quantize), bool(per_row), bool(hadamard), bool(lsq)
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.scale = nn.Parameter(torch.empty((), device=device, dtype=dtype)) if lsq else None
-        self.rotation = Rotation(self.in_features).to(device) if hadamard else None
+        self.rotation = Rotation(self.in_features).to(self.weight.device) if hadamard else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -171,7 +171,7 @@ class PackedTernaryLinear(nn.Module):
         shape, fill, dtype = packing.describe(self.out_features, self.in_features, form)
         self.register_buffer("codes", torch.full(shape, fill, dtype=dtype, device=device))
         self.register_buffer("alpha", torch.ones(out_features if per_row else 1, dtype=torch.float32, device=device))
-        self.rotation = Rotation(self.in_features).to(device) if hadamard else None
+        self.rotation = Rotation(self.in_features).to(self.codes.device) if hadamard else None
 
     def _apply(self, fn, recurse=True):
         alpha = self.alpha
