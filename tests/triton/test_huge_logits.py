@@ -86,7 +86,7 @@ def test_lists_begin_at_their_first_entry():
 def test_a_gradient_that_is_larger_than_what_it_belongs_to_has_wide_offsets():
     n = 65_536
     q, bias = torch.zeros(1, 1, n, 16), torch.zeros(1).expand(1, 1, n, n)
-    made = {name: q for name in ("query", "key", "value")} | {"pair_bias": torch.empty(1, 1, n, n, device="meta")}
+    made = dict.fromkeys(("query", "key", "value"), q) | {"pair_bias": torch.empty(1, 1, n, n, device="meta")}
     call, rows = Call(q, q, q, scale=1.0, bias=bias), torch.zeros(1, 1, n)
     launch = next(gradients.launch_backward(call, Selection((Ranges(n, n, prefix=n),)), q, rows, rows, made))
     assert launch.arguments["grad_bias"].row * (n - 1) >= 2**31
