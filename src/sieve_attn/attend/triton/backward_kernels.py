@@ -158,8 +158,9 @@ def query_kernel(
             # a key that is no number shows in the lse of the rows that see it; others must not meet it
             base, offset = places(found, batch, kv_head, key, None, 0, WIDE)
             keys = load_rows(base, offset, there, key.col, DIM, BLOCK_D, True)
-            # and where their lse is a number all the same, its logit was -inf: it has no weight
-            there &= tl.min((tl.abs(keys.to(tl.float32)) < float("inf")).to(tl.int32), 1) > 0
+            if not EVERYWHERE:
+                # and where their lse is a number all the same, its logit was -inf: it has no weight
+                there &= tl.min((tl.abs(keys.to(tl.float32)) < float("inf")).to(tl.int32), 1) > 0
             keys = finite(keys)
             base, offset = places(found, batch, kv_head, value, None, 0, WIDE)
             values = finite(load_rows(base, offset, there, value.col, V_DIM, BLOCK_V, True))
@@ -186,10 +187,13 @@ def query_kernel(
 
 @triton.jit
 def count_tiles(
-    listed, count, first_key, stop_key, q_len, kv_len, sight, chosen, Q_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
+    listed, count, first_key, stop_key, whole_stop, q_len, kv_len, sight, chosen, Q_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
     LISTED: tl.constexpr, SECTION: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """``(a, b, c, d)``: of the tiles that keep the keys, ``a..d`` see some and ``b..c`` see all of them with every row."""
+    """``(a, b, c, d)``: of the tiles that keep the keys, ``a..d`` see some and ``b..c`` see all of them with every row.
+
+    ``whole_stop`` is ``stop_key``, or so large that no tile counts as one that sees all.
+    """
     a = 0
     b = 0
     c = 0
@@ -205,10 +209,22 @@ def count_tiles(
         low_first, high_first = interval(first_row, q_len, kv_len, sight, chosen, CAUSAL, SECTION)
         low_last, high_last = interval(last_row, q_len, kv_len, sight, chosen, CAUSAL, SECTION)
         a += tl.sum((there & (high_last <= first_key)).to(tl.int32), 0)
-        b += tl.sum((there & (high_first < stop_key)).to(tl.int32), 0)
+        b += tl.sum((there & (high_first < whole_stop)).to(tl.int32), 0)
         c += tl.sum((there & (low_last <= first_key)).to(tl.int32), 0)
         d += tl.sum((there & (low_first < stop_key)).to(tl.int32), 0)
     return in_order(a, b, c, d)
+
+
+@triton.jit
+def all_finite(base, offset, there, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Whether rows of keys are numbers throughout; a few channels at a time, as whole rows would take registers."""
+    odd = offset * 0
+    for first in range(0, BLOCK_D, 16):
+        channel = first + tl.arange(0, 16)
+        inside = there[:, None] & (channel < DIM)[None, :]
+        x = tl.load(base + (offset[:, None] + (channel * stride)[None, :]), mask=inside, other=0.0).to(tl.float32)
+        odd += tl.sum(((tl.abs(x) < float("inf")) == 0).to(tl.int32), 1)
+    return tl.sum(odd, 0) == 0
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "chosen_heads", "blocks"])
@@ -237,11 +253,11 @@ def key_kernel(
     there = found < stop_key
     found = tl.where(there, found, 0)
     base, offset = places(found, batch, kv_head, key, None, 0, WIDE)
+    # rows that are not there are zeros, which must not meet infinities
+    whole_stop = tl.where(all_finite(base, offset, there, key.col, DIM, BLOCK_D), stop_key, 1 << 30)
     keys = load_rows(base, offset, there, key.col, DIM, BLOCK_D, True)
     base, offset = places(found, batch, kv_head, value, None, 0, WIDE)
     values = load_rows(base, offset, there, value.col, V_DIM, BLOCK_V, True)
-    # zeros in the place of rows that are not there would meet infinities
-    sound_keys = tl.min(tl.min((tl.abs(keys.to(tl.float32)) < float("inf")).to(tl.int32), 1), 0) > 0
     d_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     # heads that share a list take turns at each of its tiles; others bring a list of their own
@@ -262,10 +278,21 @@ def key_kernel(
         for turn in tl.static_range(2 if RANGES == 3 else 1):
             SECTION: tl.constexpr = turn + 1 if RANGES == 3 else RANGES
             a, b, c, d = count_tiles(
-                listed, count, first_key, stop_key, q_len, kv_len, sight, chosen, Q_BLOCK, CAUSAL, LISTED, SECTION, 128
+                listed,
+                count,
+                first_key,
+                stop_key,
+                whole_stop,
+                q_len,
+                kv_len,
+                sight,
+                chosen,
+                Q_BLOCK,
+                CAUSAL,
+                LISTED,
+                SECTION,
+                128,
             )
-            b = tl.where(sound_keys, b, a)
-            c = tl.where(sound_keys, c, a)
             if EVERYWHERE:
                 b = a
                 c = a
