@@ -48,6 +48,7 @@ def _model(name: str):
         "gpt_oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**windowed, **sinks, num_experts_per_tok=2)),
         "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**common)),
         "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**grouped, **experts)),
+        "doge": lambda: hf.DogeForCausalLM(hf.DogeConfig(**grouped)),
     }
     torch.manual_seed(0)
     model = made[name]().eval()
@@ -456,6 +457,12 @@ def test_bad_input_is_refused_with_its_remedy(llama, prompt):
     assert "`dropout` must be 0 in a sparse model; got 0.1" in _refused(ValueError, lambda: _logits(llama, prompt))
     llama.eval().model.layers[1].self_attn.is_causal = False
     assert "`is_causal` must be True; got False" in _refused(ValueError, lambda: _logits(llama, prompt))
+
+
+def test_a_model_that_makes_a_mask_of_its_own_is_refused(prompt):
+    sparsify(model := _model("doge"), DENSE["dense"])
+    assert "as the model made it; got what the attention module rewrote; leave this model dense" in _refused(
+        ValueError, lambda: _logits(model, prompt))  # fmt: skip
 
 
 def test_masks_that_are_not_understood_are_refused():

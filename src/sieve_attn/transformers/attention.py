@@ -52,11 +52,14 @@ class LayerState:
     def reset(self) -> None:
         self.counters = Counters()
         self._cache_layer: Any = None
+        self._carried = False
 
     @torch.compiler.disable
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook: the attention function is not told of the cache, the module is."""
-        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, Cache)), None)
+        """A forward pre-hook: the attention function is not told of the cache, nor of the mask before the module changed it."""
+        given = (*args, *kwargs.values())
+        cache = next((a for a in given if isinstance(a, Cache)), None)
+        self._carried = any(map(masks.carries, given))
         self._cache_layer = None if cache is None else adopt(cache, self.layer, self.setting.policy)
 
     def attend(
@@ -69,7 +72,7 @@ class LayerState:
         options: dict[str, Any],
     ) -> Tensor:
         """[batch, q_heads, q_len, v_dim] by the policy; a layer with a sliding window is dense inside of it."""
-        layout, order = masks.read(attention_mask, key.shape[2], sliding_window)
+        layout, order = masks.read(attention_mask, key.shape[2], sliding_window, self._carried)
         options |= order | {"key_mask": layout.padding, "cu_seqlens": layout.edges, "window": layout.window}
         self.windowed = layout.window or sliding_window
         policy = self.setting.policy if self.windowed is None else DENSE

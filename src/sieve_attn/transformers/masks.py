@@ -55,11 +55,24 @@ def mask_function(
     return carrier
 
 
-def read(attention_mask: Tensor | None, kv_len: int, sliding_window: int | None) -> tuple[Layout, dict[str, Any]]:
+def carries(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and hasattr(argument, _CARRIER)
+
+
+def read(attention_mask: Tensor | None, kv_len: int, sliding_window: int | None, carried: bool) -> tuple[Layout, dict[str, Any]]:
     """The layout that ``attention_mask`` carries, and the options of ``attention`` that say the rest.
 
-    A mask of the user's own, [batch | 1, q_heads | 1, q_len, kv_len], boolean or additive, is honoured as it is.
+    A mask of the user's own, [batch | 1, q_heads | 1, q_len, kv_len], boolean or additive, is honoured as it is. ``carried``:
+    whether the module was given a layout. What a model makes of our one element is no mask and does not know causality, so it is
+    refused.
     """
+    if carried and not carries(attention_mask):
+        raise error(
+            "attention_mask",
+            "must reach sparse attention as the model made it",
+            "what the attention module rewrote" if attention_mask is not None else "None",
+            "leave this model dense",
+        )
     if attention_mask is None:
         return Layout(kv_len, sliding_window), {"causal": True}
     layout = getattr(attention_mask, _CARRIER, None)
