@@ -417,6 +417,22 @@ def test_a_second_policy_replaces_the_first_and_desparsify_restores_bit_for_bit(
     assert torch.equal(_logits(desparsify(twin), prompt), before)
 
 
+def test_models_that_share_a_configuration_stay_apart(llama, prompt):
+    twin = type(llama)(shared := llama.config).eval()
+    before = [_logits(model, prompt) for model in (llama, twin)]
+    sparsify(llama, SPARSE)
+    assert torch.equal(_logits(twin, prompt), before[1])
+    sparse = _logits(sparsify(twin, SPARSE), prompt)
+    desparsify(llama)
+    assert torch.equal(_logits(twin, prompt), sparse)
+    assert torch.equal(_logits(llama, prompt), before[0])
+    assert torch.equal(_logits(desparsify(twin), prompt), before[1])
+    assert shared._attn_implementation == "sdpa"
+    twin = type(llama)(sparsify(llama, SPARSE).config)
+    assert "must not have the configuration of a sparse model" in _refused(ValueError, lambda: sparsify(twin, SPARSE))
+    assert "a model made from a sparse one's config needs one of its own" in _refused(ValueError, lambda: _logits(twin, prompt))
+
+
 def test_a_configuration_object_is_turned_into_its_policy(llama):
     class Config:
         def to_policy(self):

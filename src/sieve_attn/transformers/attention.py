@@ -156,7 +156,7 @@ def attention_function(
             "attn_implementation",
             f"{NAME!r} must be set by `sparsify`",
             type(module).__name__,
-            "call sieve_attn.sparsify(model, policy)",
+            "call sieve_attn.sparsify(model, policy); a model made from a sparse one's config needs one of its own",
         )
     if dropout:
         raise error("dropout", "must be 0 in a sparse model", dropout, "call model.eval(), or set attention_dropout to 0")

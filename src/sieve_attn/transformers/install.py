@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from sieve_attn import dispatch, policies
 from sieve_attn.checks import error
@@ -41,7 +42,8 @@ def sparsify(model: PreTrainedModel, config_or_policy: Any, *, backend: str = "a
     and grouped heads work as before; caches that start empty keep streaming geometry; layers with a sliding window stay dense
     inside of it. Blocks and sinks count from a row's first slot, padding included, so a left-padded row may keep other blocks
     than it would alone (never a padded one). A model that is sparse already changes its policy and starts its counters anew.
-    ``generate`` does not compile a sparse model: what is selected depends on the data.
+    ``generate`` does not compile a sparse model: what is selected depends on the data. ``model.config`` becomes a copy, for
+    models made from one configuration share it.
 
     Raises TypeError for other models and policies, ValueError for models without the attention interface of transformers.
     """
@@ -49,6 +51,7 @@ def sparsify(model: PreTrainedModel, config_or_policy: Any, *, backend: str = "a
     dispatch.known(backend)
     modules = _attention_modules(model)
     desparsify(model)
+    _own_configs(model)
     setting = Setting(policy, backend)
     layers = [LayerState(int(module.layer_idx), setting) for module in modules]
     hooks = []
@@ -162,6 +165,24 @@ def _attention_modules(model: Any) -> list[nn.Module]:
     if not found:
         raise error("model", "must have attention modules with a `layer_idx`", type(model).__name__, "use a decoder-only model")
     return found
+
+
+def _own_configs(model: PreTrainedModel) -> None:
+    """Copies in place of the model's configurations, wherever its modules keep them: other models may share the originals."""
+    copies: dict[int, Any] = {}
+    for config in _configs(model):
+        if config._attn_implementation == NAME:
+            raise error(
+                "model",
+                "must not have the configuration of a sparse model",
+                type(model).__name__,
+                "make it from a copy whose `_attn_implementation` is 'sdpa' or 'eager'",
+            )
+        deepcopy(config, copies)
+    for module in model.modules():
+        for name, held in list(vars(module).items()):
+            if isinstance(held, PreTrainedConfig) and id(held) in copies:
+                setattr(module, name, copies[id(held)])
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
