@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import fields
 
 import pytest
 import torch
+from streams import assert_recomputed_alike
 from torch import nn
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
 
-from sieve_attn import geometry, policies
+from sieve_attn import policies
 from sieve_attn.transformers import ModelReport, StreamedLayer, capture, desparsify, report, sparsify
 
 VOCABULARY, LENGTH, PADDING, WINDOW = 61, 75, 17, 24
@@ -104,23 +103,6 @@ def _streams(cache):
     return [layer for layer in cache.layers if isinstance(layer, StreamedLayer) and layer.stream.geometry is not None]
 
 
-def _assert_recomputed_alike(layer, mask=None):
-    """The stream of a cache layer equals, field by field, the geometry built from its keys."""
-    held = layer.stream.geometry
-    mask = None if mask is None or bool(mask.all()) else mask.bool()
-    anew = geometry.build(layer.keys, held.block_size, held.statistics, value=layer.values, key_mask=mask)
-    for part, other in ((held, anew), (held.sketch, anew.sketch)):
-        for f in () if other is None else fields(other):
-            mine, theirs = getattr(part, f.name), getattr(other, f.name)
-            if f.name.endswith("spectral"):
-                # how a matrix product rounds depends on how many blocks it runs over
-                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
-            elif isinstance(theirs, torch.Tensor):
-                assert torch.equal(mine, theirs), f.name
-            elif f.name != "sketch":
-                assert mine == theirs, f.name
-
-
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gpt_oss", "gpt_neox", "qwen3_moe"])
 def test_dense_policies_give_the_tokens_of_dense_attention(name, prompt):
     model = _model(name)
@@ -179,7 +161,7 @@ def test_streaming_geometry_equals_recomputation(llama, prompt, padded):
             _logits(llama, step, past_key_values=cache)
         assert len(_streams(cache)) == 2
         for layer in _streams(cache):
-            _assert_recomputed_alike(layer, mask)
+            assert_recomputed_alike(layer, mask)
 
     go_on(0)
     # beyond the keys that set the channel scale of the padded sequence: from here on blocks are sealed
@@ -214,7 +196,7 @@ def test_speculative_decoding_rolls_the_streams_back(llama, prompt):
     assert torch.equal(guessed, expected)
     _logits(llama, {"input_ids": ids[:, :1]}, past_key_values=cache)
     for layer in _streams(cache):
-        _assert_recomputed_alike(layer)
+        assert_recomputed_alike(layer)
 
 
 def test_sealed_blocks_are_summarised_once(llama, prompt, monkeypatch):
@@ -228,37 +210,6 @@ def test_sealed_blocks_are_summarised_once(llama, prompt, monkeypatch):
     monkeypatch.setattr(edit, "build", lambda key, *a, **k: read.append(key.shape[2]) or build(key, *a, **k))
     _logits(llama, {"input_ids": ids[:, :1]}, past_key_values=cache)
     assert read == [(LENGTH + 1) % SPARSE.block_size] * 2
-
-
-def test_the_cache_holds_what_a_plain_one_holds_after_every_edit():
-    plain, ours = DynamicLayer(), StreamedLayer(policies.TopBlocks(2))
-    beams = torch.tensor([1, 1, 0, 2])
-    edits = (
-        lambda c: c.reorder_cache(torch.tensor([2, 0, 1])), lambda c: c.crop(-3), lambda c: c.batch_repeat_interleave(2),
-        lambda c: c.batch_select_indices(beams), lambda c: c.offload(), lambda c: c.prefetch(), lambda c: c.reset(),
-    )  # fmt: skip
-    seen = []
-    for edit in (*edits, None):
-        for n in (40, 1, 1, 5):
-            batch = 3 if plain.get_seq_length() == 0 else plain.keys.shape[0]
-            key, value = torch.randn(batch, 2, n, 8), torch.randn(batch, 2, n, 6)
-            with torch.no_grad():
-                mine = ours.update(key, value)
-            seen.append([(x, x.clone()) for x in mine])
-            for a, b in zip(mine, plain.update(key, value), strict=True):
-                assert torch.equal(a, b)
-        for cache in (plain, ours) if edit else ():
-            edit(cache)
-    for before, then in (pair for pairs in seen for pair in pairs):
-        assert torch.equal(before, then)
-
-
-def test_a_decoding_step_moves_no_key():
-    cache = StreamedLayer(policies.TopBlocks(2))
-    with torch.no_grad():
-        cache.update(torch.randn(1, 2, 1000, 8), torch.randn(1, 2, 1000, 8))
-        places = {cache.update(torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8))[0].data_ptr() for _ in range(200)}
-    assert len(places) == 1
 
 
 def test_gradients_flow_through_the_cache(llama):
@@ -302,7 +253,7 @@ def test_padding_that_changes_afterwards_makes_the_stream_start_anew(llama, prom
     mask[1, :3] = 0
     _logits(llama, {"input_ids": prompt["input_ids"][:, :1], "attention_mask": mask}, past_key_values=cache)
     for layer in _streams(cache):
-        _assert_recomputed_alike(layer, mask)
+        assert_recomputed_alike(layer, mask)
 
 
 def test_a_stream_made_in_inference_mode_lives_on_outside(llama, prompt):
@@ -311,7 +262,7 @@ def test_a_stream_made_in_inference_mode_lives_on_outside(llama, prompt):
         cache = llama(**prompt, use_cache=True).past_key_values
     step = _step(*prompt.values())
     _logits(llama, step, past_key_values=cache)
-    _assert_recomputed_alike(_streams(cache)[0], step["attention_mask"])
+    assert_recomputed_alike(_streams(cache)[0], step["attention_mask"])
 
 
 WITHOUT = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,12 +15,29 @@ from sieve_attn.layers.growing import GrowingArrays
 from sieve_attn.policies import Policy
 
 
+def _own(edit: Callable[..., Any]) -> Callable[..., Any]:
+    """An edit that the stream can follow, once what others did to the cache before it is noticed."""
+
+    @wraps(edit)
+    def followed(self: StreamedLayer, *args: Any, **kwargs: Any) -> None:
+        self._notice()
+        edit(self, *args, **kwargs)
+        self._unchanged = min(self._unchanged, self.get_seq_length())
+        if self.keys is not self._left[0]:
+            self._grown = None
+        self._leave()
+
+    return followed
+
+
 class StreamedLayer(DynamicLayer):
     """``DynamicLayer`` with a :class:`~sieve_attn.geometry.Stream`, which follows every change of the cache.
 
     Sealed blocks are summarised once; appending costs O(new keys). The padding mask is known only where attention is
     computed, so that is where the stream catches up: :meth:`geometry`. Keys and values lie in buffers with room behind them,
-    which ``update`` fills in place where no gradient is recorded.
+    which ``update`` fills in place where no gradient is recorded. ``keys`` and ``values`` that others replaced, or changed in
+    place, make the stream start anew; changes in place that PyTorch does not count (in inference mode, through ``.data``) are
+    not seen.
     """
 
     def __init__(self, policy: Policy):
@@ -28,6 +47,7 @@ class StreamedLayer(DynamicLayer):
         self._padding: Tensor | None = None
         self._handed_out: tuple | None = None
         self._grown: GrowingArrays | None = None
+        self._leave()
 
     def fits(self, policy: Policy) -> bool:
         return self.stream.block_size == policy.block_size and self.stream.statistics == policy.statistics
@@ -45,48 +65,59 @@ class StreamedLayer(DynamicLayer):
         return known
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._notice()
         if torch.is_grad_enabled() or key_states.shape[:2] != value_states.shape[:2]:
             self.keys, self.values = super().update(key_states, value_states, *args, **kwargs)
+            self._grown = None
         else:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             self._grown = self._room(key_states, value_states).append((key_states, value_states), recorded=False)
             self.keys, self.values = self._grown.arrays
         self._handed_out = _identity(self.keys)
+        self._leave()
         return self.keys, self.values
 
     def _room(self, key: Tensor, value: Tensor) -> GrowingArrays:
-        """What the cache holds, ready to grow; whatever else changed the cache put new tensors in place of ours."""
+        """What the cache holds, ready to grow."""
         if self.get_seq_length() == 0:
             widths = (key.shape[3], value.shape[3])
             return GrowingArrays.empty(*key.shape[:2], widths, key.device, key.dtype)
-        if self._grown is not None and self._handed_out == _identity(self.keys):
-            return self._grown
-        return GrowingArrays.of(self.keys, self.values)
+        return GrowingArrays.of(self.keys, self.values) if self._grown is None else self._grown
 
-    def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
-        self._unchanged = min(self._unchanged, self.get_seq_length())
+    def _notice(self) -> None:
+        """Forget what is known of keys and values that are not as they were left."""
+        keys, values, *versions = self._left
+        if keys is not self.keys or values is not self.values or versions != [_version(keys), _version(values)]:
+            self.stream.reset()
+            self._unchanged, self._grown = 0, None
+
+    def _leave(self) -> None:
+        self._left = (self.keys, self.values, _version(self.keys), _version(self.values))
+
+    crop = _own(DynamicLayer.crop)
+    offload = _own(DynamicLayer.offload)
+    prefetch = _own(DynamicLayer.prefetch)
 
     def reset(self) -> None:
         super().reset()
         self.stream.reset()
         self._unchanged, self._padding, self._handed_out, self._grown = 0, None, None, None
+        self._leave()
 
-    def offload(self) -> None:
-        super().offload()
-        self._grown = None
-
+    @_own
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._follow(beam_idx)
 
+    @_own
     def batch_repeat_interleave(self, repeats: int) -> None:
         batch = self.keys.shape[0] if self.get_seq_length() else 0
         super().batch_repeat_interleave(repeats)
         if batch:
             self._follow(torch.arange(batch, device=self.keys.device).repeat_interleave(repeats))
 
+    @_own
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._follow(indices)
@@ -145,3 +176,8 @@ def why_recomputed(layer: Any, policy: Policy, key: Tensor) -> str | None:
 def _identity(key: Tensor) -> tuple:
     # a number, not the tensor: an offloaded cache must not be kept on the device
     return key.data_ptr(), tuple(key.shape)
+
+
+def _version(x: Tensor | None) -> int:
+    """How often ``x`` was written to, as far as that is counted."""
+    return 0 if x is None or x.is_inference() else x._version
