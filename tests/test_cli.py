@@ -160,10 +160,18 @@ def test_help_needs_no_framework():
         (["generate", "--prompt", "x", "--dtype", "int3"], "`dtype` must be one of"),
         (["generate", "--prompt", "x", "--model", "/no/such/folder"], "`model` must be a folder with a readable model"),
         (["generate", "--prompt", "x", "--policy", "dense", "--backend", "abacus"], "`backend` must be 'auto' or one of"),
-        (["generate"], "`prompt` must be given once, as --prompt or as --prompt-file; got neither"),
+        (["generate"], "`prompt` must be given once, as --prompt or as --prompt-file; got none"),
         (
             ["compare", "--prompt", "x", "--prompt-file", "y"],
-            "`prompt` must be given once, as --prompt or as --prompt-file; got bo",
+            "`prompt` must be given once, as --prompt or as --prompt-file or as --demo; got --prompt and --prompt-file",
+        ),
+        (
+            ["compare", "--demo", "--prompt", "x"],
+            "`prompt` must be given once, as --prompt or as --prompt-file or as --demo; got --prompt and --demo",
+        ),
+        (
+            ["inspect", "--demo", "--prompt-file", "y"],
+            "`prompt` must be given once, as --prompt or as --prompt-file or as --demo; got --prompt-file and --demo",
         ),
         (["compare", "--prompt", ""], "`prompt` must not be empty"),
         (["compare", "--prompt-file", "/no/such/file"], "`prompt-file` must be a readable UTF-8 text"),

@@ -75,7 +75,7 @@ def _run(
     threads: int | None,
     backend: str,
 ) -> Any:
-    text, source = o.demo_prompt() if demo and prompt is None and file is None else o.read_prompt(prompt, file)
+    text, source = o.read_prompt(prompt, file, demo)
     o.set_threads(threads)
     with o.progress_bar(bar) as tell:
         tell("loading", 0.0)

@@ -67,15 +67,15 @@ def read_policy(policy: str | None, max_error: float | None, **aether: Any) -> A
     return None
 
 
-def read_prompt(prompt: str | None, file: Path | None) -> tuple[str, str]:
-    """``(text, where it came from)``."""
-    if (prompt is None) == (file is None):
-        raise error(
-            "prompt",
-            "must be given once, as --prompt or as --prompt-file",
-            "both" if prompt is not None else "neither",
-            "try --prompt 'import json'",
-        )
+def read_prompt(prompt: str | None, file: Path | None, demo: bool | None = None) -> tuple[str, str]:
+    """``(text, where it came from)``; ``demo`` is None for a command without that flag."""
+    ways = {"--prompt": prompt is not None, "--prompt-file": file is not None} | ({} if demo is None else {"--demo": demo})
+    given = [way for way, taken in ways.items() if taken]
+    if len(given) != 1:
+        rule = f"must be given once, as {' or as '.join(ways)}"
+        raise error("prompt", rule, " and ".join(given) or "none", "try --prompt 'import json'")
+    if demo:
+        return demo_prompt()
     text, source = (prompt, "a prompt") if file is None else (_read(file), "stdin" if str(file) == "-" else file.name)
     if not text:
         raise error("prompt", "must not be empty", repr(text), "pass some text")
