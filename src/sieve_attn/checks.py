@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ Array = Any
 
 NUMBER = (int, float, np.integer, np.floating)
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+THREADS_PER_CPU = 4
 
 
 def error(argument: str, rule: str, value: Any, remedy: str, kind: type[Exception] = ValueError) -> Exception:
@@ -32,6 +34,15 @@ def positive_int(argument: str, value: Any, remedy: str, *, least: int = 1) -> i
     if number < least:
         raise error(argument, f"must be an integer of at least {least}", repr(value), remedy)
     return number
+
+
+def threads(value: Any, remedy: str) -> int:
+    """Far more threads than cores only wait for each other, and where the system starts no more the process dies."""
+    most = THREADS_PER_CPU * (os.cpu_count() or 1)
+    count = positive_int("threads", value, remedy)
+    if count > most:
+        raise error("threads", f"must be at most {most}, {THREADS_PER_CPU} for each CPU here", repr(value), remedy)
+    return count
 
 
 def seed(argument: str, value: Any) -> int:

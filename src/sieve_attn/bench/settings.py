@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from sieve_attn import checks
 from sieve_attn.checks import error, positive_int
 
 GROUPS = ("prefill", "backward", "decode", "gate", "topk", "ternary", "index")
@@ -68,7 +69,7 @@ class Settings:
         for head_dim in self.head_dims or ():
             positive_int("head_dim", head_dim, "try 64")
         for threads in self.threads or ():
-            positive_int("threads", threads, "leave it out for 1 and 2")
+            checks.threads(threads, "leave it out for 1 and 2")
         quick = {"n": QUICK_N, "keys": QUICK_KEYS, "repeats": QUICK_REPEATS, "threads": (1,)} if self.quick else {}
         full = {"keys": 131_072, "repeats": 7, "threads": (1, 2) if (os.cpu_count() or 1) > 1 else (1,)}
         for name, value in (full | quick).items():

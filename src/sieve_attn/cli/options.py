@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sieve_attn import checks
 from sieve_attn.checks import error
 
 Model = Annotated[str, typer.Option("--model", help="'embedded', or a folder with a Hugging Face model. Nothing is downloaded.")]
@@ -117,9 +118,7 @@ def set_threads(threads: int | None) -> None:
     if threads is not None:
         import torch
 
-        from sieve_attn.checks import positive_int
-
-        torch.set_num_threads(positive_int("threads", threads, "leave it out for torch's choice"))
+        torch.set_num_threads(checks.threads(threads, "leave it out for torch's choice"))
 
 
 @contextmanager
