@@ -1,6 +1,7 @@
 """The command line: every command runs, ``--json`` is one document, errors are one readable line and exit code 2."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -176,6 +177,7 @@ def test_help_needs_no_framework():
             ["inspect", "--demo", "--prompt-file", "y"],
             "`prompt` must be given once, as --prompt or as --prompt-file or as --demo; got --prompt-file and --demo",
         ),
+        (["generate", "--prompt", "a\udcff"], "`prompt` must be valid Unicode; got '\\udcff' at position 1"),
         (["compare", "--prompt", ""], "`prompt` must not be empty"),
         (["compare", "--prompt-file", "/no/such/file"], "`prompt-file` must be a readable UTF-8 text"),
         (
@@ -199,3 +201,14 @@ def test_user_errors_are_one_line_on_stderr_and_exit_code_2(arguments, said):
     assert told.stderr.startswith(f"sieve: {said}")
     assert "Traceback" not in told.stderr
     assert told.stdout == ""
+
+
+@pytest.mark.parametrize(("given", "code"), [(b"caf\xc3\xa9", 0), (b"a\xff", 2)])
+def test_stdin_is_read_as_utf_8_whatever_the_locale(folder, given, code):
+    program = "from sieve_attn.cli import main; main()"
+    flags = ["--model", folder, "--prompt-file", "-", "--max-tokens", "1", "--json"]
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", program, "generate", *flags]
+    done = subprocess.run(command, input=given, capture_output=True, check=False, env=os.environ | locale)
+    assert done.returncode == code, done.stderr
+    assert code == 0 or done.stderr.startswith(b"sieve: `prompt-file` must be a readable UTF-8 text; got '-' (")

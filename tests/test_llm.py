@@ -186,6 +186,7 @@ def test_configuration_errors_name_field_rule_value_and_remedy(fields, kind, sai
         ({"prompts": ""}, ValueError, r"`prompts` must hold at least one prompt and none that is empty; got ''"),
         ({"prompts": []}, ValueError, r"`prompts` must hold at least one prompt"),
         ({"prompts": ["a", ""]}, ValueError, r"`prompts` must hold at least one prompt"),
+        ({"prompts": ["a", "b\ud800"]}, ValueError, r"`prompts` must be valid Unicode; got '\\ud800' at position 1; pass UTF-8"),
         ({"prompts": 5}, TypeError, r"`prompts` must be a string or a list of strings; got int"),
         ({"prompts": [b"a"]}, TypeError, r"`prompts` must be a string or a list of strings; got list"),
         ({"max_tokens": 0}, ValueError, r"`max_tokens` must be an integer of at least 1; got 0; ask for at least one token"),

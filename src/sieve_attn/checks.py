@@ -45,6 +45,16 @@ def threads(value: Any, remedy: str) -> int:
     return count
 
 
+def unicode_text(argument: str, text: str) -> str:
+    """A string may hold halves of UTF-16 pairs, or bytes that a terminal could not decode: no tokenizer takes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as why:
+        got = f"{text[why.start]!r} at position {why.start}"
+        raise error(argument, "must be valid Unicode", got, "pass UTF-8, or decode bytes with errors='replace'") from None
+    return text
+
+
 def seed(argument: str, value: Any) -> int:
     """What torch's generators take: 64 bits, signed or not."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or not -(2**63) <= int(value) < 2**64:

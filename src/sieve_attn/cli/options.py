@@ -80,13 +80,15 @@ def read_prompt(prompt: str | None, file: Path | None, demo: bool | None = None)
     text, source = (prompt, "a prompt") if file is None else (_read(file), "stdin" if str(file) == "-" else file.name)
     if not text:
         raise error("prompt", "must not be empty", repr(text), "pass some text")
-    return text, source
+    return checks.unicode_text("prompt", text), source
 
 
 def _read(file: Path) -> str:
-    if str(file) == "-":
-        return sys.stdin.read()
     try:
+        if str(file) == "-":
+            # whatever the locale says: a file is read so too
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+            return sys.stdin.read()
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as why:
         raise error("prompt-file", "must be a readable UTF-8 text", f"{str(file)!r} ({why})", "check the path", OSError) from None

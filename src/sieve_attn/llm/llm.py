@@ -220,7 +220,7 @@ def _prompts(prompts: Any) -> list[str]:
         )
     if not texts or not all(texts):
         raise error("prompts", "must hold at least one prompt and none that is empty", repr(prompts), "pass some text")
-    return list(texts)
+    return [checks.unicode_text("prompts", text) for text in texts]
 
 
 def _stops(stop: Any) -> tuple[str, ...]:
