@@ -16,6 +16,7 @@ from sieve_attn.transformers import ModelReport, StreamedLayer, capture, despars
 
 VOCABULARY, LENGTH, PADDING, WINDOW = 61, 75, 17, 24
 DENSE = {"threshold": policies.Aether(float("-inf"), block_size=16), "dense": policies.Dense()}
+HYBRID = {"layer_types": ["full_attention", "linear_attention"], "block_size": 16}
 SPARSE = policies.TopBlocks(1, sinks=4, window=8, query_stride=1)
 
 
@@ -47,6 +48,7 @@ def _model(name: str):
         "gpt_oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**windowed, **sinks, num_experts_per_tok=2)),
         "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**common)),
         "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**grouped, **experts)),
+        "minimax": lambda: hf.MiniMaxForCausalLM(hf.MiniMaxConfig(**grouped, **HYBRID, num_local_experts=4)),
         "doge": lambda: hf.DogeForCausalLM(hf.DogeConfig(**grouped)),
     }
     torch.manual_seed(0)
@@ -125,6 +127,14 @@ def test_a_window_is_exact_in_a_cache_that_keeps_every_key(prompt):
     sparsify(model, SPARSE)
     assert torch.equal(_generate(model, prompt, past_key_values=DynamicCache()), expected)
     assert all(layer.note == f"dense inside its sliding window of {WINDOW} keys" for layer in report(model).layers)
+
+
+def test_layers_of_linear_attention_are_left_alone(prompt):
+    model, ids = _model("minimax"), {"input_ids": prompt["input_ids"]}
+    expected = _generate(model, ids)
+    for policy in DENSE.values():
+        assert torch.equal(_generate(sparsify(model, policy), ids), expected)
+        assert [layer.layer for layer in report(model).layers] == [0]
 
 
 def test_packed_sequences_do_not_see_each_other(llama, prompt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -161,10 +162,18 @@ def _attention_modules(model: Any) -> list[nn.Module]:
             type(model).__name__,
             "use a model whose class sets _supports_attention_backend",
         )
-    found = [m for m in model.modules() if "Attention" in type(m).__name__ and isinstance(getattr(m, "layer_idx", None), int)]
+    found = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and _attends(m)]
     if not found:
         raise error("model", "must have attention modules with a `layer_idx`", type(model).__name__, "use a decoder-only model")
     return found
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether it calls the attention interface: linear attention has the name, and a cache that must not grow before its time."""
+    kind = type(module)
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    calls = hasattr(module, "is_causal") or "ALL_ATTENTION_FUNCTIONS" in getattr(code, "co_names", ())
+    return "Attention" in kind.__name__ and calls
 
 
 def _own_configs(model: PreTrainedModel) -> None:
