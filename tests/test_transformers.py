@@ -409,13 +409,15 @@ def _refused(kind, call):
 
 
 def test_bad_input_is_refused_with_its_remedy(llama, prompt):
-    from transformers import BloomConfig, BloomForCausalLM, T5Config, T5ForConditionalGeneration
+    from transformers import BertConfig, BertModel, BloomConfig, BloomForCausalLM, T5Config, T5ForConditionalGeneration
 
     bloom = BloomForCausalLM(BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2))
+    bert = BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     assert "must be a transformers PreTrainedModel; got Linear" in _refused(TypeError, lambda: sparsify(nn.Linear(2, 2), SPARSE))
     assert "attention interface of transformers; got BloomForCausalLM" in _refused(ValueError, lambda: sparsify(bloom, SPARSE))
     assert "must be decoder-only; got T5ForConditionalGeneration" in _refused(ValueError, lambda: sparsify(t5, SPARSE))
+    assert "must have causal attention; got BertModel; leave encoders" in _refused(ValueError, lambda: sparsify(bert, SPARSE))
     assert "`config_or_policy` must be a Policy" in _refused(TypeError, lambda: sparsify(llama, 3))
     assert "`backend` must be 'auto' or one of" in _refused(ValueError, lambda: sparsify(llama, SPARSE, backend="cuda"))
     assert "call sieve_attn.sparsify(model, policy) first" in _refused(ValueError, lambda: report(llama))

@@ -165,6 +165,8 @@ def _attention_modules(model: Any) -> list[nn.Module]:
     found = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and _attends(m)]
     if not found:
         raise error("model", "must have attention modules with a `layer_idx`", type(model).__name__, "use a decoder-only model")
+    if not any(getattr(module, "is_causal", True) for module in found):
+        raise error("model", "must have causal attention", type(model).__name__, "leave encoders dense")
     return found
 
 
