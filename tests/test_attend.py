@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sieve_attn import attend, attention
 from sieve_attn.policies import Dense, Policy
-from sieve_attn.scores import Exact, KeySketch
+from sieve_attn.scores import Exact, KeySketch, Mean
 from sieve_attn.selection import TopK
 from sieve_attn.testing import Shape, assert_close, oracle
 from sieve_attn.testing.contracts import coins, draw
@@ -115,6 +115,30 @@ def test_the_far_field_adds_mass_and_keeps_what_is_near():
     assert_close(attention(q, k, v, everything), attention(q, k, v))
     dense = attention(q, k, v)
     assert (out - dense).norm() < (attention(q, k, v, near) - dense).norm()
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("future", [False, True])
+def test_the_far_field_reads_nothing_that_is_hidden(poison, future):
+    q, k, v = gaussian(1, Shape(1, 2, 1, 40, 40, 8, 4))
+    there = torch.arange(40) < 39 if future else torch.arange(40) % 5 != 0
+    options = {"causal": True} if future else {"key_mask": there[None]}
+    policy = Policy(Mean(), TopK(1), block_size=8, query_tile=8, far_field=True)
+    # the last query sees the future of the others: it has no part in the sums
+    stop = 39 if future else 40
+
+    def run(key, value):
+        leaves = [x.clone().requires_grad_() for x in (q, key, value)]
+        out, lse = attention(*leaves, policy, return_lse=True, **options)
+        grads = torch.autograd.grad(out[:, :, :stop].square().sum() + lse[:, :, :stop].sum(), leaves)
+        rows = [x[:, :, :stop] for x in (out, lse, grads[0])]
+        return rows if future else rows + [x[:, :, there] for x in grads[1:]]
+
+    plain = run(k, v)
+    bad_k, bad_v = (x.masked_fill(~there[:, None], poison) for x in (k, v))
+    for key, value in ((bad_k, v), (k, bad_v), (bad_k, bad_v)):
+        for mine, other in zip(run(key, value), plain, strict=True):
+            assert torch.equal(mine, other)
 
 
 def test_gradients_through_a_policy_are_those_of_its_selection():

@@ -172,6 +172,32 @@ def test_a_far_field_is_that_of_pytorch():
         sj.attention(query, key, value, FAR, backend="native")
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_a_far_field_reads_nothing_that_is_hidden(poison):
+    query, key, value = arrays(40, 64, batch=1, q_heads=2, kv_heads=1)
+    there = np.arange(64) % 5 != 0
+
+    @jax.jit
+    def run(query, key, value):
+        def loss(query, key, value):
+            out, lse = sj.attention(query, key, value, FAR, key_mask=there[None], return_lse=True)
+            return (out**2).sum() + lse.sum(), (out, lse)
+
+        grads, (out, lse) = jax.grad(loss, (0, 1, 2), has_aux=True)(query, key, value)
+        return [out, lse, grads[0], grads[1][:, :, there], grads[2][:, :, there]]
+
+    plain = run(query, key, value)
+    bad = [np.where(there[:, None], x, poison).astype(np.float32) for x in (key, value)]
+    for mine, other in zip(run(query, *bad), plain, strict=True):
+        assert (np.asarray(mine) == np.asarray(other)).all()
+    # of a future value that is no number its own query knows, and no other
+    late = value.copy()
+    late[:, :, -1] = poison
+    out, far = (np.asarray(sj.attention(query, key, x, FAR, causal=True)) for x in (value, late))
+    assert (out[:, :, :-1] == far[:, :, :-1]).all()
+    assert not np.isfinite(far[:, :, -1]).all()
+
+
 def test_short_sequences_say_why_they_are_dense():
     query, key, value = arrays(40, 64)
     _, report = sj.attention(query, key, value, P.EventRadar(5.0, 16, min_seq_length=128), return_report=True)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sieve_attn import arrays
+from sieve_attn.attend.weighted import finite_only, weighted
 from sieve_attn.bounds import soft_cap
 from sieve_attn.geometry.edit import head, map_arrays
-from sieve_attn.scores.base import Bound, bias_range, grouped, split_blocks, visible_count
+from sieve_attn.scores.base import Bound, bias_range, grouped, per_query_head, split_blocks, visible_count
 from sieve_attn.types import Call, Geometry, Rows
 
 Array = Any
@@ -39,10 +40,12 @@ def block_means(x: Array, taking_part: Array, block_size: int) -> tuple[Array, A
     xp = arrays.namespace(x)
     padded = xp.pad_end(x, 2, -x.shape[2] % block_size, 0.0)
     blocks = padded.reshape(*x.shape[:2], -1, block_size, x.shape[-1])
-    real = split_blocks(xp.cast(taking_part, x.dtype), block_size, 0.0)[..., None]
-    n = xp.maximum(real.sum(3), 1.0)
-    mean = (blocks * real).sum(3) / n
-    variance = (((blocks - mean[:, :, :, None, :]) * real) ** 2).sum(3) / n
+    real = split_blocks(taking_part, block_size, False)[..., None]
+    n = xp.maximum(xp.cast(real, x.dtype).sum(3), 1.0)
+    # a product with zero would let the NaN of a masked key through
+    blocks = xp.where(real, blocks, 0.0)
+    mean = blocks.sum(3) / n
+    variance = (xp.where(real, blocks - mean[:, :, :, None, :], 0.0) ** 2).sum(3) / n
     return mean, variance
 
 
@@ -79,13 +82,25 @@ def expand(rows: Rows, kept: Array, geometry: Geometry, bound: Bound, call: Call
     worth, _ = block_means(call.compute("value")[:, :, :seen], part, geometry.block_size)
     far = dropped_whole(rows, kept, geometry)
     count = xp.repeat_each(geometry.count, rows.query.shape[1] // geometry.count.shape[1], 1)[:, :, None, :]
-    inside = grouped(rows.query, mean) * rows.scale + 0.5 * rows.scale**2 * grouped(rows.query**2, variance)
+    square = rows.query**2
+    # what is not finite is left out of the products and put back where it belongs: a block that no query may look at has no
+    # part in any gradient either
+    inside = rows.scale * grouped(finite_only(xp, rows.query), finite_only(xp, mean))
+    inside = inside + 0.5 * rows.scale**2 * grouped(finite_only(xp, square), finite_only(xp, variance))
     capped = soft_cap(xp, inside, rows.softcap)
     free = xp.log(xp.maximum(xp.cast(count, inside.dtype), 1.0)) + capped + bias_range(rows, geometry.block_size)[0]
+    free = xp.where(_reaches(xp, rows, square, variance) | xp.isnan(free), math.inf, free)
+    free = xp.where(_reaches(xp, rows, rows.query, mean), math.nan, free)
     scores = bound.score(rows, geometry, brackets=True)
     mass = xp.maximum(xp.minimum(free, scores.upper), scores.lower)
     slope = xp.where(far & (mass == free), 1.0 if rows.softcap is None else 1.0 - (capped / rows.softcap) ** 2, 0.0)
     return Expansion(xp.where(far, mass, -math.inf), free, slope, mean, variance, worth, part)
+
+
+def _reaches(xp: Any, rows: Rows, of_rows: Array, of_blocks: Array) -> Array:
+    """[batch, q_heads, rows, blocks]: the product of a row and a block meets something that is not finite."""
+    row, block = (~xp.all_(xp.isfinite(x), -1) for x in (of_rows, of_blocks))
+    return row[..., None] | per_query_head(block, rows)[:, :, None, :]
 
 
 def add_far_field(rows: Rows, kept: Array, out: Array, lse: Array, far_field: FarField, call: Call) -> tuple[Array, Array]:
@@ -96,10 +111,7 @@ def add_far_field(rows: Rows, kept: Array, out: Array, lse: Array, far_field: Fa
     total = xp.logaddexp(lse, xp.logsumexp(found.mass, -1))
     safe = xp.where(xp.isfinite(total), total, 0.0)
     near = xp.exp(lse - safe)[..., None] * out
-    weight = xp.exp(found.mass - safe[..., None])
-    batch, heads, n, _ = weight.shape
-    flat = weight.reshape(batch, found.worth.shape[1], -1, weight.shape[-1]) @ found.worth
-    return near + flat.reshape(batch, heads, n, -1), total
+    return near + weighted(xp, xp.exp(found.mass - safe[..., None]), found.worth), total
 
 
 def add_far_gradients(
@@ -125,21 +137,24 @@ def add_far_gradients(
 
     safe = xp.where(xp.isfinite(lse), lse, 0.0)[..., None]
     weight = by_group(xp.exp(found.mass - safe))
-    d_mass = weight * (by_group(d_out) @ xp.transpose_last(found.worth) + by_group(shift[..., None])) * by_group(found.slope)
-    query = by_group(rows.query)
-    d_query = rows.scale * (d_mass @ found.mean) + rows.scale**2 * query * (d_mass @ found.variance)
+    slope, worth, mean, variance = by_group(found.slope), *(finite_only(xp, x) for x in (found.worth, found.mean, found.variance))
+    d_mass = weight * (by_group(d_out) @ xp.transpose_last(worth) + by_group(shift[..., None])) * slope
+    # as near: what carries no weight has no part in any gradient
+    d_mass = xp.where((weight == 0) | (slope == 0), 0.0, d_mass)
+    query, square = (finite_only(xp, by_group(x)) for x in (rows.query, rows.query**2))
+    d_query = rows.scale * (d_mass @ mean) + rows.scale**2 * query * (d_mass @ variance)
     grads["query"][:, :, start : start + n] += d_query.reshape(batch, heads, n, -1)
     d_mass = xp.transpose_last(d_mass)
-    d_mean, d_variance = rows.scale * (d_mass @ query), 0.5 * rows.scale**2 * (d_mass @ query**2)
+    d_mean, d_variance = rows.scale * (d_mass @ query), 0.5 * rows.scale**2 * (d_mass @ square)
     d_worth = xp.transpose_last(weight) @ by_group(d_out)
 
     size = geometry.block_size
-    real = xp.cast(found.taking_part, d_mean.dtype)
-    per_key = (real / xp.maximum(xp.repeat_each(split_blocks(real, size, 0.0).sum(-1), size, 2)[:, :, :seen], 1.0))[..., None]
+    counted = xp.cast(split_blocks(found.taking_part, size, False), d_mean.dtype).sum(-1)[..., None]
 
     def to_keys(x):
-        return xp.repeat_each(x, size, 2)[:, :, :seen] * per_key
+        shared = xp.repeat_each(x / xp.maximum(counted, 1.0), size, 2)[:, :, :seen]
+        return xp.where(found.taking_part[..., None], shared, 0.0)
 
-    centred = rows.key - xp.repeat_each(found.mean, size, 2)[:, :, :seen]
+    centred = finite_only(xp, rows.key - xp.repeat_each(found.mean, size, 2)[:, :, :seen])
     grads["key"][:, :, :seen] += to_keys(d_mean) + 2.0 * centred * to_keys(d_variance)
     grads["value"][:, :, :seen] += to_keys(d_worth)

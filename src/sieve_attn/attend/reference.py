@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from sieve_attn import arrays
 from sieve_attn.attend import far_field as far
 from sieve_attn.attend.far_field import FarField
+from sieve_attn.attend.weighted import finite_only, weighted
 from sieve_attn.bounds import FP32, soft_cap
 from sieve_attn.types import Call, Rows, Selection
 
@@ -89,15 +90,13 @@ def attend_rows(
 ) -> tuple[Float[Array, "batch q_heads rows v_dim"], Float[Array, "batch q_heads rows"]]:
     """One chunk: softmax over the visible keys that ``kept`` [batch | 1, heads | 1, rows, keys] keeps."""
     xp = arrays.namespace(rows.query)
-    batch, heads, n, _ = rows.query.shape
     _, logits = _masked_logits(rows, kept)
     p, lse = _softmax(xp, logits)
     if rows.sink is not None:
         alone, lse = lse, xp.logaddexp(lse, xp.cast(rows.sink, lse.dtype)[None, :, None])
         p = p * _share(xp, alone, lse)[..., None]
     value = value[:, :, : logits.shape[-1]]
-    out = _weighted(xp, p, value, batch, rows.key.shape[1])
-    return out.reshape(batch, heads, n, -1), lse
+    return weighted(xp, p, value), lse
 
 
 def backward(
@@ -146,8 +145,7 @@ def backward(
             return x.reshape(batch, kv_heads, -1, x.shape[-1])
 
         grads["value"][:, :, :seen] += xp.transpose_last(by_group(p)) @ by_group(d_out)
-        hidden = xp.where(xp.isfinite(value), value, 0.0)
-        d_logits = p * ((by_group(d_out) @ xp.transpose_last(hidden)).reshape(p.shape) + shift[..., None])
+        d_logits = p * ((by_group(d_out) @ xp.transpose_last(finite_only(xp, value))).reshape(p.shape) + shift[..., None])
         if rows.sink is not None:
             to_sink = _share(xp, xp.cast(rows.sink, dtype)[None, :, None], lse) * shift
             grads["sink"] += to_sink.sum(-1).sum(0)
@@ -157,7 +155,7 @@ def backward(
             d_logits = d_logits * (1.0 - (capped / rows.softcap) ** 2)
         # what was not attended to has no part in any gradient, not even as a NaN
         d_logits = xp.where(p == 0, 0.0, d_logits * rows.scale)
-        query, key = (xp.where(xp.isfinite(x), x, 0.0) for x in (rows.query, rows.key))
+        query, key = (finite_only(xp, x) for x in (rows.query, rows.key))
         grads["query"][:, :, start:stop] += (by_group(d_logits) @ key).reshape(batch, heads, n, -1)
         grads["key"][:, :, :seen] += xp.transpose_last(by_group(d_logits)) @ by_group(query)
     return {n: xp.cast(g, getattr(call, n).dtype) for n, g in grads.items()}
@@ -175,17 +173,3 @@ def _add_bias_gradient(total: Array, d_logits: Array, start: int, stop: int, see
         total[:, :, rows] += d_logits.sum(3)[..., None]
     else:
         total[:, :, rows, :seen] += d_logits
-
-
-def _weighted(xp, probability: Array, value: Array, batch: int, kv_heads: int) -> Array:
-    """Probabilities times values, where a weight of exactly zero hides even a NaN or an infinity."""
-    flat = probability.reshape(batch, kv_heads, -1, probability.shape[-1])
-    good = xp.isfinite(value)
-    if bool(good.all()):
-        return flat @ value
-    out = flat @ xp.where(good, value, 0.0)
-    touched = xp.cast(flat != 0, value.dtype)
-    for kind, mark in ((xp.isnan(value), math.nan), (value == math.inf, math.inf), (value == -math.inf, -math.inf)):
-        hits = touched @ xp.cast(kind, value.dtype)
-        out = xp.where(hits > 0, out + mark, out)
-    return out

@@ -55,8 +55,6 @@ def _merged(out: jax.Array, lse: jax.Array, mass: jax.Array, worth: jax.Array) -
     near, far = weight(lse, top), weight(mass, top[..., None])
     total = near + far.sum(-1)
     empty = total == 0
-    batch, heads, n, _ = far.shape
-    flat = far.reshape(batch, worth.shape[1], -1, far.shape[-1]) @ worth
     safe = jnp.where(empty, 1.0, total)
-    merged = (near[..., None] * out + flat.reshape(batch, heads, n, -1)) / safe[..., None]
+    merged = (near[..., None] * out + gather.weighted(far, worth)) / safe[..., None]
     return merged, jnp.where(empty, -jnp.inf, jnp.log(safe) + top)

@@ -94,16 +94,17 @@ def softmax(
     empty = total == 0
     share = weight / jnp.where(empty, 1.0, total)
     lse = jnp.where(empty, -math.inf, jnp.log(jnp.where(empty, 1.0, total)) + top)[..., 0]
-    # a weight of exactly zero hides even a NaN
-    good = jnp.isfinite(value)
-    flat = share.reshape(batch, shared, -1, share.shape[-1])
-    out = flat @ jnp.where(good, value, 0.0)
+    return weighted(share, value), lse
+
+
+def weighted(weight: jax.Array, value: jax.Array) -> jax.Array:
+    """As :func:`sieve_attn.attend.weighted.weighted`, whatever is in ``value``: a weight of exactly zero hides even a NaN."""
+    flat = weight.reshape(weight.shape[0], value.shape[1], -1, weight.shape[-1])
+    out = flat @ jnp.where(jnp.isfinite(value), value, 0.0)
     touched = (flat != 0).astype(value.dtype)
-    lost = touched @ jnp.where(jnp.isnan(value), 1.0, 0.0)
-    above, below = touched @ jnp.where(value == jnp.inf, 1.0, 0.0), touched @ jnp.where(value == -jnp.inf, 1.0, 0.0)
-    for hits, mark in ((lost, math.nan), (above, math.inf), (below, -math.inf)):
-        out = jnp.where(hits > 0, out + mark, out)
-    return out.reshape(batch, heads, n, -1), lse
+    for kind, mark in ((jnp.isnan(value), math.nan), (value == jnp.inf, math.inf), (value == -jnp.inf, -math.inf)):
+        out = jnp.where(touched @ kind.astype(value.dtype) > 0, out + mark, out)
+    return out.reshape(*weight.shape[:3], -1)
 
 
 def sink_of(call: Call) -> jax.Array | None:
