@@ -198,6 +198,35 @@ def test_a_far_field_reads_nothing_that_is_hidden(poison):
     assert not np.isfinite(far[:, :, -1]).all()
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_far_field_reads_no_place_of_a_cache_that_is_not_filled(given):
+    query, key, value = arrays(1, 32, batch=1)
+    policy = replace(FAR, selector=selection.TopK(1), block_size=8)
+    there = np.arange(32) < 18
+    out, lse, report = sj.attention(query, key[:, :, :18], value[:, :, :18], policy, causal=True, return_lse=True,
+                                    return_report=True)  # fmt: skip
+    assert float(report.density) < 1
+
+    @jax.jit
+    def run(key, value, length):
+        options = {"geometry": sj.geometry(key, policy, value=value, key_mask=there[None])} if given else {}
+        options |= {"kv_length": length, "return_lse": True, "return_report": True}
+        mine = sj.attention(query, key, value, policy, **options)
+        grads = jax.grad(lambda k, v: sj.attention(query, k, v, policy, **options)[0].sum(), (0, 1))(key, value)
+        return *mine[:2], mine[2].certificate, grads
+
+    for poison in (0.0, 100.0, np.nan):
+        bad = [np.where(there[:, None], x, poison).astype(np.float32) for x in (key, value)]
+        mine, other, told, grads = run(*bad, 18)
+        assert far_apart(mine, out) < 1e-6
+        assert far_apart(other, lse) < 1e-6
+        for name in ("dropped_mass", "output_error"):
+            assert far_apart(getattr(told, name), getattr(report.certificate, name)) < 1e-4, name
+        for grad in grads:
+            assert (np.asarray(grad)[:, :, 18:] == 0).all()
+            assert np.isfinite(np.asarray(grad)).all()
+
+
 def test_short_sequences_say_why_they_are_dense():
     query, key, value = arrays(40, 64)
     _, report = sj.attention(query, key, value, P.EventRadar(5.0, 16, min_seq_length=128), return_report=True)

@@ -76,8 +76,8 @@ def expand(rows: Rows, kept: Array, geometry: Geometry, bound: Bound, call: Call
     xp = arrays.namespace(rows.query)
     seen = rows.visible.shape[-1]
     part = xp.full(rows.key.shape[:3], True, xp.boolean, rows.query)
-    if call.key_mask is not None:
-        part = part & call.key_mask[:, None, :seen]
+    if call.present is not None:
+        part = part & call.present[:, None, :seen]
     mean, variance = block_means(rows.key, part, geometry.block_size)
     worth, _ = block_means(call.compute("value")[:, :, :seen], part, geometry.block_size)
     far = dropped_whole(rows, kept, geometry)

@@ -259,12 +259,8 @@ def _choose(call: Call, geometry: Geometry | None, plan: Plan):
 
 
 def _geometry(call: Call, policy: Policy, native: bool) -> Geometry:
-    mask = call.key_mask
-    if call.kv_length is not None:
-        there = jnp.broadcast_to(jnp.arange(call.kv_len) < call.kv_length, (call.key.shape[0], call.kv_len))
-        mask = there if mask is None else mask & there
-    key = jax.lax.stop_gradient(call.key)
-    return stage_geometry.geometry(key, policy, value=call.value, key_mask=mask, backend="native" if native else "gather")
+    key, backend = jax.lax.stop_gradient(call.key), "native" if native else "gather"
+    return stage_geometry.geometry(key, policy, value=call.value, key_mask=call.present, backend=backend)
 
 
 __all__ = ["attend", "attention", "manifold", "select"]

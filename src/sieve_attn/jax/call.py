@@ -28,6 +28,13 @@ class Call(BaseCall):
     def offset(self) -> Any:
         return super().offset if self.kv_length is None else self.kv_length - self.q_len
 
+    @property
+    def present(self) -> jax.Array | None:
+        if self.kv_length is None:
+            return self.key_mask
+        filled = jnp.broadcast_to(jnp.arange(self.kv_len) < self.kv_length, (self.key.shape[0], self.kv_len))
+        return filled if self.key_mask is None else self.key_mask & filled
+
     def rows_at(self, number: Any, kv_stop: int | None = None) -> Rows:
         rows = super().rows_at(number, kv_stop)
         if self.kv_length is None:

@@ -66,11 +66,7 @@ def _certify(evidence: Evidence) -> Certificate:
     asked = asked | FAR_FIELD_STATISTICS if expands else asked
     geometry, lse = evidence.geometry, evidence.lse
     if geometry is None:
-        mask = call.key_mask
-        if call.kv_length is not None:
-            there = jnp.broadcast_to(jnp.arange(call.kv_len) < call.kv_length, (call.key.shape[0], call.kv_len))
-            mask = there if mask is None else mask & there
-        geometry = stage_geometry.build(call.key, policy.block_size, asked, call.value, mask)
+        geometry = stage_geometry.build(call.key, policy.block_size, asked, call.value, call.present)
     field = None
     if expands:
         from sieve_attn.jax import gather

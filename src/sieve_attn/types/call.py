@@ -46,6 +46,11 @@ class Call:
         """Absolute position of the first query."""
         return self.kv_len - self.q_len
 
+    @property
+    def present(self) -> Array | None:
+        """[batch, kv_len] bool: the keys that are there for some query; None if all of them are."""
+        return self.key_mask
+
     def lead(self, query_tile: int) -> int:
         """How far the first query lies inside its tile: tiles sit on absolute positions when causal."""
         return self.offset % query_tile if self.causal else 0
