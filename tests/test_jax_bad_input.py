@@ -1,5 +1,6 @@
 """What the JAX front-end refuses, in its own words and before any work; and that nothing imports JAX unasked."""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from sieve_attn import scores, selection
 from sieve_attn.certify import key_meter
 from sieve_attn.jax.backends import everything
 from sieve_attn.patterns import Pattern
-from sieve_attn.types import Call, Selection, Tokens
+from sieve_attn.types import Blocks, Call, Offsets, Ranges, Selection, Tokens
 
 QUERY, KEY, VALUE = arrays(16, 32)
 TOP = P.TopBlocks(1)
@@ -156,9 +157,19 @@ def test_geometries_and_selections_of_other_calls_are_refused():
         sj.attend(QUERY, KEY, VALUE, [])
     with pytest.raises(ValueError, match=r"`selection` must have rows of the shape of indices times q_block; got shape \(2, 2\)"):
         sj.attend(QUERY, KEY, VALUE, replace(chosen, rows=jnp.zeros((2, 2), bool)))
-    single = Selection((Tokens(jnp.zeros((2, 4, 16, 1), jnp.int32), 32),))
-    with pytest.raises(ValueError, match=r"`selection` must be made of Blocks, or of Ranges and Offsets; got Tokens"):
-        sj.attend(QUERY, KEY, VALUE, single)
+    tokens, ranges = Tokens(jnp.zeros((2, 4, 16, 1), jnp.int32), 32), Ranges(16, 32, prefix=3)
+    blocks = Blocks.from_tiles(np.ones((1, 1, 1, 2), bool), q_len=16, kv_len=32, q_block=64, kv_block=16)
+    for parts, got, remedy in (
+        ((tokens,), "Tokens", "use sieve_attn.jax.top_k_attention"),
+        ((tokens, ranges), "Tokens, Ranges", "use sieve_attn.jax.top_k_attention"),
+        ((ranges, ranges), "Ranges, Ranges", "join parts of one kind by `|`"),
+        ((blocks, blocks), "Blocks, Blocks", "join parts of one kind by `|`"),
+        ((blocks, ranges), "Blocks, Ranges", "join parts of one kind by `|`"),
+        ((blocks, Offsets(16, 32, (2, 9))), "Blocks, Offsets", "join parts of one kind by `|`"),
+    ):
+        told = re.escape(f"`selection` must be made of Blocks, or of Ranges and Offsets, one of each; got {got}; {remedy}")
+        with pytest.raises(ValueError, match=told):
+            sj.attend(QUERY, KEY, VALUE, Selection(parts))
     with pytest.raises(ValueError, match=r"`policy` must be given, or block_size and statistics instead"):
         sj.geometry(KEY)
 

@@ -12,7 +12,7 @@ from sieve_attn.checks import error
 from sieve_attn.jax.call import Call
 from sieve_attn.jax.selection import PaddedBlocks
 from sieve_attn.policies import Policy
-from sieve_attn.types import Geometry, Ranges, Selection, Tokens
+from sieve_attn.types import Geometry, Selection
 
 
 def to_selection(selection: Any, call: Call) -> PaddedBlocks | Selection:
@@ -25,12 +25,13 @@ def to_selection(selection: Any, call: Call) -> PaddedBlocks | Selection:
         checks.selection_fits(selection, call.query, call.key)
     if isinstance(selection, Selection):
         checks.selection_fits(selection, call.query, call.key)
-        if any(isinstance(part, Tokens) for part in selection.parts):
-            raise error("selection", "must be made of Blocks, or of Ranges and Offsets", ", ".join(selection.kinds),
-                        "use sieve_attn.jax.top_k_attention for single keys a query")  # fmt: skip
-        if any(isinstance(part, Ranges) for part in selection.parts) or selection.blocks is None:
-            return selection
-        return PaddedBlocks.from_selection(selection)
+        kinds = set(selection.kinds)
+        if len(kinds) != len(selection.parts) or kinds not in ({"Blocks"}, {"Ranges"}, {"Offsets"}, {"Ranges", "Offsets"}):
+            single = "use sieve_attn.jax.top_k_attention for single keys a query"
+            join = "join parts of one kind by `|`; for blocks plus a window use the policy's `keep=`"
+            raise error("selection", "must be made of Blocks, or of Ranges and Offsets, one of each", ", ".join(selection.kinds),
+                        single if "Tokens" in kinds else join)  # fmt: skip
+        return selection if selection.blocks is None else PaddedBlocks.from_selection(selection)
     for name in ("q_block", "kv_block"):
         checks.positive_int(f"selection.{name}", getattr(selection, name), "make it with select or PaddedBlocks.from_tiles")
     shape = tuple(selection.counts.shape)

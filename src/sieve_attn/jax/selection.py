@@ -66,7 +66,7 @@ class PaddedBlocks:
         part = selection.parts[0]
         if len(selection.parts) != 1 or not isinstance(part, Blocks):
             raise error("selection", "must be one part of Blocks", ", ".join(selection.kinds),
-                        "pass other kinds to sieve_attn.jax.attend as they are, or a PaddedBlocks")  # fmt: skip
+                        "give other kinds to sieve_attn.jax.attend as a Selection")  # fmt: skip
         counts, indices, most = part.to_padded()
         shape = (part.batch, part.heads, part.tiles, max(most, 1))
         indices = np.asarray(indices, np.int32) if most else np.full(shape, -1, np.int32)
