@@ -167,6 +167,29 @@ def test_half_precision_stays_in_its_dtype(dtype):
     assert bool(jnp.isfinite(pull).all())
 
 
+@pytest.mark.parametrize(("dtype", "max_blocks"), [(jnp.bfloat16, 1), (jnp.float16, 5)])
+def test_half_precision_passes_both_branches_of_the_gather(dtype, max_blocks):
+    query, key, value = (jnp.asarray(x, dtype) for x in arrays(40, 96, batch=1))
+    policy = P.TopBlocks(2, sinks=0, window=0)
+    chosen = sj.select(query, key, policy, causal=True, max_blocks=max_blocks)
+    assert bool(chosen.overflow.any()) == (max_blocks == 1)
+    last = query[:, :, -1:]
+
+    def run(backend):
+        def loss(query):
+            given = sj.attend(query, key, value, chosen, causal=True, backend=backend)[0]
+            cached = sj.attention(last, key, value, policy, kv_length=50, max_blocks=max_blocks, backend=backend)
+            return (given.astype(jnp.float32) ** 2).sum(), (given, cached)
+
+        return jax.grad(loss, has_aux=True)(query)
+
+    (grad, outputs), (other, wanted) = run("gather"), run("native")
+    assert all(x.dtype == dtype for x in (grad, *outputs))
+    # 2^-8: rounding to the dtype
+    for mine, theirs in zip((grad, *outputs), (other, *wanted), strict=True):
+        assert far_apart(mine.astype(jnp.float32), theirs.astype(jnp.float32)) < 2**-7 * float(abs(theirs).max())
+
+
 def test_vmap_equals_a_loop_wherever_it_maps():
     query, key, value = arrays(40, 64, batch=6)
     many = query.reshape(3, 2, 4, 40, 16)

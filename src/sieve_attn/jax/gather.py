@@ -25,6 +25,9 @@ TILE = 64
 
 def attend(call: Call, selection: PaddedBlocks | Selection) -> tuple[jax.Array, jax.Array]:
     """``(output [batch, q_heads, q_len, v_dim] in the query's dtype, lse [batch, q_heads, q_len])``."""
+    # converted in front of branches and loops, which would leave their tracers to each other
+    for name in ("query", "key", "value"):
+        call.compute(name)
     with jax.default_matmul_precision("highest"):
         if isinstance(selection, PaddedBlocks):
             if selection.max_blocks >= selection.blocks:

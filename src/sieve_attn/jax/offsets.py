@@ -95,7 +95,7 @@ _offsets.defvjp(_forward, _backward)
 def _in_jnp(call: Call, offsets: tuple[int, ...], prefix: int) -> tuple[jax.Array, jax.Array]:
     """Every query gathers the keys that it names, a chunk of queries at a time."""
     batch, heads, q_len, dim = call.query.shape
-    key, value = call.compute("key"), call.compute("value")
+    query, key, value = (call.compute(name) for name in ("query", "key", "value"))
     group, width = heads // key.shape[1], prefix + len(offsets)
     row = batch * heads * max(width, 1) * (dim + value.shape[3]) * 4
     step = max(1, min(q_len, CHUNK_BYTES // row))
@@ -110,11 +110,10 @@ def _in_jnp(call: Call, offsets: tuple[int, ...], prefix: int) -> tuple[jax.Arra
         # a key that the prefix holds as well counts once
         real = jnp.concatenate([jnp.broadcast_to(front_keys, (step, prefix)) <= position, behind >= prefix], 1)
         place = jnp.where(real, place, 0)
-        query = call.compute("query")[:, :, number]
         taken = [xp.repeat_each(x, group, 1)[:, :, place] for x in (key, value)]
         keys, values = (x.reshape(batch * heads * step, 1, width, x.shape[-1]) for x in taken)
         visible = jnp.broadcast_to(real, (batch, heads, step, width)).reshape(-1, 1, 1, width)
-        rows = Rows(query.reshape(-1, 1, 1, dim), position[:, 0], visible, visible, call.scale)
+        rows = Rows(query[:, :, number].reshape(-1, 1, 1, dim), position[:, 0], visible, visible, call.scale)
         out, lse = gather.softmax(rows, keys, values, True, None)
         return out.reshape(batch, heads, step, -1), lse.reshape(batch, heads, step)
 
