@@ -9,13 +9,13 @@ from sieve_attn import attention, certify
 from sieve_attn import geometry as stage_geometry
 from sieve_attn.attend.reference import attend as reference_attend
 from sieve_attn.policies import Adaptive, Aether, Certified, Policy, Quest, TopBlocks
-from sieve_attn.scores import Bennett, Box, Cosh, Euclidean, EventRadar, Exact, KeySketch, Tightest
+from sieve_attn.scores import Bennett, Box, Cosh, Euclidean, EventRadar, Exact, KeySketch, Mean, Tightest
 from sieve_attn.selection import Certified as CertifiedSelector
 from sieve_attn.selection import TopK
 from sieve_attn.testing import GENERATORS, Shape, oracle
 from sieve_attn.testing.contracts import a_call, spread_heads
 from sieve_attn.testing.strategies import gaussian, options, random_blocks
-from sieve_attn.types import Statistics
+from sieve_attn.types import Ranges, Selection, Statistics
 
 BOUNDS = (KeySketch(8), KeySketch(4), KeySketch(2), Bennett(), Box(), Euclidean(), Cosh(), Exact(), KeySketch(8, query_bits=8),
           Tightest((KeySketch(4), Bennett())))  # fmt: skip
@@ -164,6 +164,45 @@ def test_the_far_field_error_is_at_least_the_truth(name):
         apart = (dense - out.double()).norm(dim=-1)
         assert (report.certificate.output_error.double() + 1e-5 >= apart).all()
         assert (report.certificate.dropped_mass.double() >= delta).all()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e5])
+@pytest.mark.parametrize("block_size", [1, 8])
+def test_the_far_field_error_holds_for_huge_logits_and_blocks_kept_in_part(size, block_size):
+    dropped = 0
+    for seed in range(30):
+        draw, shape = random.Random(seed), Shape(1, 2, 1, 16, 40, 8, 4)
+        q, k, v = gaussian(seed, shape)
+        v[:, :, : draw.choice((0, 30))] *= 0.01
+        extra = {"sink": torch.tensor([1.0, -3.0])} if seed % 3 == 0 else {}
+        keys = Ranges(16, 40, prefix=draw.choice((0, 3, 7)), window=draw.choice((1, 3, 7)))
+        chosen = Selection((keys,)) if seed % 2 else None
+        policy = Policy(Mean(), TopK(1), bound=draw.choice(BOUNDS), block_size=block_size, query_tile=4, far_field=True)
+        call = {"selection": chosen, "causal": True, "return_report": True}
+        out, report = attention(q * size, k, v, policy, **call, **extra)
+        _, dense, _ = truth(q * size, k, v, report.selection, True, extra)
+        wide = {n: x.double() for n, x in extra.items()}
+        exact, _ = attention(*(x.double() for x in (q * size, k, v)), policy, **call | {"selection": report.selection}, **wide)
+        rounding = (exact - out.double()).norm(dim=-1) * (1 + 1e-6) + 1e-6
+        assert (report.certificate.output_error.double() + rounding >= (dense - out.double()).norm(dim=-1)).all(), seed
+        # at worst the largest distance between what is seen and what was made
+        assert (report.certificate.output_error < 20).all(), seed
+        dropped += int((report.certificate.dropped_mass > 0).sum())
+    assert dropped > 500
+
+
+@pytest.mark.parametrize("far_field", [False, True])
+@pytest.mark.parametrize("what", ["key", "value"])
+def test_an_output_that_is_no_number_has_no_finite_error(what, far_field):
+    given = dict(zip(("query", "key", "value"), gaussian(1, Shape(1, 1, 1, 24, 48, 8, 4)), strict=True))
+    policy = Policy(Mean(), TopK(1), block_size=8, query_tile=8, far_field=far_field)
+    given[what][:, :, 30] = torch.nan
+    out, report = attention(*given.values(), policy, causal=True, return_report=True)
+    found, lost = report.certificate, out.isnan().any(-1)
+    assert lost.any()
+    assert not lost.all()
+    assert not found.output_error.isnan().any()
+    assert (found.output_error[lost & (found.dropped_mass > 0)] == torch.inf).all()
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])

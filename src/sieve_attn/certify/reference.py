@@ -70,6 +70,8 @@ def certify_rows(
     keys = rows.visible.shape[-1] if keys is None else keys
     log_k = _kept(xp, rows, part, lse, rounding, keys)
     delta, dropped, scores = _dropped(xp, rows, part, bound, kept, log_k, keys)
+    unknown = _unknown(xp, rows, part)
+    delta = xp.where(unknown, 1.0, delta)
     if output is None or part.value_mean is None:
         return xp.cast(delta, xp.float32), None
     made = xp.cast(output, rows.query.dtype)
@@ -77,7 +79,10 @@ def certify_rows(
         bad = delta * _reach(xp, rows, part, dropped, made, call)
     else:
         bad = _far_error(xp, rows, part, kept, dropped, scores, made, log_k, call, far_field)
-    return xp.cast(delta, xp.float32), xp.cast(xp.where(delta == 0, 0.0, bad * (1 + 64 * UNIT)), xp.float32)
+        bad = xp.where(unknown, math.inf, bad)
+    # what is not a number is no bound: it would compare false with every error
+    bad = xp.where(xp.isnan(bad), math.inf, bad * (1 + 64 * UNIT))
+    return xp.cast(delta, xp.float32), xp.cast(xp.where(delta == 0, 0.0, bad), xp.float32)
 
 
 def require_full_precision(xp: Any, query: Array) -> None:
@@ -101,10 +106,14 @@ def _dropped(xp, rows: Rows, geometry: Geometry, bound: Bound, kept: Array, log_
     dropped = xp.broadcast_to(left, scores.upper.shape)
     log_p = xp.logsumexp(xp.where(dropped, scores.upper, -math.inf), -1)
     log_p = log_p + (-(-keys // size) + 16) * UNIT
-    seen = visible_count(rows, size) > 0
-    delta = dropped_mass(xp, log_k, log_p)
+    return dropped_mass(xp, log_k, log_p), dropped, scores
+
+
+def _unknown(xp, rows: Rows, geometry: Geometry) -> Array:
+    """[batch, q_heads, rows] bool: the query, or a key of a block that it sees, is not finite."""
+    seen = visible_count(rows, geometry.block_size) > 0
     broken = xp.any_(seen & ~per_query_head(geometry.finite, rows)[:, :, None, :], -1)
-    return xp.where(broken | ~xp.isfinite(query_norm(rows)[..., 0]), 1.0, delta), dropped, scores
+    return broken | ~xp.isfinite(query_norm(rows)[..., 0])
 
 
 def _kept(xp, rows: Rows, geometry: Geometry, lse: Array, rounding: Rounding, keys: Array | int) -> Array:
@@ -134,16 +143,25 @@ def _reach(xp, rows: Rows, geometry: Geometry, dropped: Array, made: Array, call
 
 
 def _far_error(xp, rows, geometry, kept, dropped, scores, made, log_k, call, far_field) -> Array:
-    """``sum_B [max(U - m, m - L) d_B + U rho_B] / Z_low`` with ``d_B = ||nu_B - o''||`` and ``Z_low = K + sum L_B``."""
+    """``sum_B [max(U - m, m - L) d_B + U rho_B] / Z_low`` with ``d_B = ||nu_B - o''||`` and ``Z_low = K + sum L_B``, the latter
+    over blocks of which nothing is kept; at most ``max(d_B + rho_B)`` over all blocks that the query sees."""
     # m as the output has it, clipped by the bound of the far field; U and L by the bound that certifies
     mass = expand(rows, kept, front(far_field.geometry, geometry.kv_len), far_field.bound, call).mass
-    lower = xp.where(dropped, scores.lower, -math.inf)
-    log_z = xp.logaddexp(log_k, xp.logsumexp(lower, -1))[..., None] - (lower.shape[-1] + 16) * UNIT
+    # L holds a block's kept keys as well, which K counts already
+    whole = ~xp.any_(split_blocks(rows.visible & kept, geometry.block_size, False), -1)
+    lower = xp.where(dropped & whole, scores.lower, -math.inf)
+    log_z = xp.logaddexp(log_k, xp.logsumexp(lower, -1))[..., None]
+    log_z = log_z - (lower.shape[-1] + 16 + 4 * xp.where(xp.isfinite(log_z), abs(log_z), 0.0)) * UNIT
     upper, expanded, lower = (xp.exp(x - log_z) for x in (xp.where(dropped, scores.upper, -math.inf), mass, lower))
     distance = _distance(xp, geometry.value_mean, made, rows, xp.itemsize(call.query.dtype) >= 4)
     radius = per_query_head(geometry.value_radius, rows)[:, :, None, :]
     each = xp.maximum(upper - expanded, expanded - lower) * distance + upper * radius
-    return xp.where(dropped, each, 0.0).sum(-1)
+    total = xp.where(dropped, each, 0.0).sum(-1)
+    # masses beyond a float (inf - inf, inf * 0) say nothing
+    total = xp.where(xp.isnan(total) | (log_z[..., 0] == math.inf), math.inf, total)
+    # whatever the masses are, the dense output is a mean of the values that the query sees, and of a sink's zero
+    most = xp.amax(xp.where(visible_count(rows, geometry.block_size) > 0, distance + radius, 0.0), -1)
+    return xp.minimum(total, most if rows.sink is None else xp.maximum(most, xp.norm(made) * (1.0 + 2.0**-7)))
 
 
 def true_dropped_mass(call: Call, selection: Selection) -> Float[Array, "batch q_heads q_len"]:
