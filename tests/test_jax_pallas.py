@@ -1,5 +1,8 @@
 """The Pallas kernel: interpreted here and held against the kernels, lowered for the platforms that this machine does not have."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +41,20 @@ def test_its_gradients_are_the_gathers():
         return lambda v: (sj.attend(query, key, v, blocks, causal=True, backend=backend)[0] ** 2).sum()
 
     assert far_apart(jax.grad(loss("pallas"))(value), jax.grad(loss("native"))(value)) < 1e-5
+
+
+def test_it_runs_where_double_precision_is_enabled():
+    program = (
+        "import jax, numpy as np; jax.config.update('jax_enable_x64', True); import sieve_attn.jax as sj\n"
+        "from sieve_attn import policies as P; x = np.random.default_rng(0).standard_normal((1, 2, 64, 16)).astype(np.float32)\n"
+        "for room in (4, 1):\n"
+        "    one, two = (sj.attention(x, x[:, :1], x[:, :1], P.TopBlocks(1), causal=True, max_blocks=room, backend=b)\n"
+        "                for b in ('pallas', 'native'))\n"
+        "    print(one.dtype, float(abs(one - two).max()) < 3e-6)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["float32", "True"] * 2
 
 
 def test_a_query_without_keys_gives_zeros():

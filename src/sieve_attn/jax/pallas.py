@@ -100,7 +100,7 @@ def _forward_only(call: Call, selection: PaddedBlocks, platform: str) -> tuple[j
         return b, h, t, 0
 
     def of_keys(b, h, t):
-        return b, jax.lax.div(h, group), 0, 0
+        return b, jax.lax.div(h, jnp.int32(group)), 0, 0
 
     tpu = platform == "tpu"
     lists = pl.BlockSpec(memory_space=pltpu.SMEM) if tpu else pl.BlockSpec()
@@ -136,7 +136,7 @@ def _walk(
     """One query tile: online softmax over its blocks, in fp32."""
     query = query_ref[...].astype(jnp.float32)
     tile = query.shape[0]
-    sequence, chooser, number = pl.program_id(0), jax.lax.div(pl.program_id(1), shared), pl.program_id(2)
+    sequence, chooser, number = pl.program_id(0), jax.lax.div(pl.program_id(1), jnp.int32(shared)), pl.program_id(2)
     wanted = counts_ref[sequence, chooser, number]
     overflows = wanted > room
     position = first + number * tile + jax.lax.broadcasted_iota(jnp.int32, (tile, size), 0)
