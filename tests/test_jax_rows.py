@@ -75,6 +75,20 @@ def test_offsets_equal_pytorch(options):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", ["native", "gather"])
+def test_offsets_beyond_the_sequence_leave_zeros(backend):
+    query, key, value = arrays(2, 2)
+
+    def loss(query, key, value):
+        out, lse = sj.offset_attention(query, key, value, patterns.OffsetPattern((2, 7)), backend=backend, return_lse=True)
+        return out.sum(), (out, lse)
+
+    grads, (out, lse) = jax.grad(loss, (0, 1, 2), has_aux=True)(query, key, value)
+    assert out.shape == (2, 4, 2, 24)
+    assert all((np.asarray(x) == 0).all() for x in (out, *grads))
+    assert np.isneginf(np.asarray(lse)).all()
+
+
 def test_offset_attention_maps_with_shared_keys():
     query, key, value = arrays(20, 40)
     many = jnp.stack([query, query * 0.5])

@@ -97,7 +97,11 @@ def _in_jnp(call: Call, offsets: tuple[int, ...], prefix: int) -> tuple[jax.Arra
     batch, heads, q_len, dim = call.query.shape
     query, key, value = (call.compute(name) for name in ("query", "key", "value"))
     group, width = heads // key.shape[1], prefix + len(offsets)
-    row = batch * heads * max(width, 1) * (dim + value.shape[3]) * 4
+    if not width:
+        # no key is that near
+        nothing = jnp.zeros((batch, heads, q_len, value.shape[3]), call.query.dtype)
+        return nothing, jnp.full((batch, heads, q_len), -jnp.inf, query.dtype)
+    row = batch * heads * width * (dim + value.shape[3]) * 4
     step = max(1, min(q_len, CHUNK_BYTES // row))
     chunks = -(-q_len // step)
     numbers = jnp.asarray(np.minimum(np.arange(chunks * step), q_len - 1).reshape(chunks, step), jnp.int32)
