@@ -73,12 +73,13 @@ def attention(
     value, bias and sink; the kept set is a constant. ``max_blocks`` bounds how many blocks a tile may keep; None leaves room for
     all, so that nothing overflows. A tile that wants more attends to every block it sees, and ``report.overflow`` says so.
     ``kv_length``: a scalar, perhaps traced, for decoding from a cache of fixed size: only so many keys are there, and the one
-    query of each sequence sits at the last of them.
+    query of each sequence sits at the last of them. ``native`` refuses a traced one that does
+    not lie in 1..kv_len when the call runs; the gather cannot tell, and its result then means nothing.
 
     ``backend``: ``native`` (C++ through XLA's foreign functions, CPU), ``gather`` (``jax.numpy``, any platform), ``pallas``
-    (block-sparse kernel; forward natively on GPU and TPU, interpreted on CPU; gradients by the gather), ``reference`` (the shared
-    oracle, outside of ``jit`` only), or ``auto``: native where it can run, else gather. What is being traced counts as being on
-    ``jax.default_backend()``.
+    (block-sparse kernel; forward natively on GPU and TPU, interpreted on CPU; gradients by the gather; finite values only),
+    ``reference`` (the shared oracle, outside of ``jit`` only), or ``auto``: native where it can run, else gather. What is being
+    traced counts as being on ``jax.default_backend()``.
 
     Returns the output [batch, q_heads, q_len, v_dim], then ``lse`` [batch, q_heads, q_len] with ``return_lse`` and a
     :class:`~sieve_attn.jax.Report`, which holds the certificate, with ``return_report``. Raises ValueError (or TypeError) before

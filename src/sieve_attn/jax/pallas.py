@@ -2,6 +2,8 @@
 
 Forward only; gradients are the gather's, which computes the same function. On GPU and TPU the kernel is compiled, elsewhere
 Pallas interprets it: slow, and the same results. It takes causality, a window and a soft cap; other options are refused by name.
+Values must be finite: elsewhere a weight of zero hides a NaN, here it reaches every query of a tile that keeps its block, earlier
+ones too.
 """
 
 from __future__ import annotations
