@@ -15,7 +15,7 @@ from sieve_attn.attend.torch_op import pack, unpack
 from sieve_attn.policies import TopBlocks, parse
 from sieve_attn.testing import Shape
 from sieve_attn.testing.strategies import gaussian, random_blocks
-from sieve_attn.types import Offsets, Ranges, Selection, Tokens
+from sieve_attn.types import Call, Offsets, Ranges, Selection, Tokens
 
 
 class _Rubbish:
@@ -71,6 +71,7 @@ def test_threads_read_policies(restless):
 
 def test_threads_read_selections(restless):
     shape = Shape(1, 2, 1, 40, 60, 8, 8)
+    call = Call(*gaussian(1, shape))
     index = torch.arange(40)[None, None, :, None] - torch.arange(3)
     parts = random_blocks(1, shape, causal=True).parts
     parts += (Ranges(40, 60, prefix=3, window=20), Offsets(40, 60, (0, 1, 4, 9)), Tokens(index.clamp(min=-1), 60))
@@ -78,7 +79,7 @@ def test_threads_read_selections(restless):
     def work(_):
         for _ in range(300):
             _Rubbish()
-            made = unpack(*pack(Selection(parts)))
+            made = unpack(*pack(Selection(parts)), call)
         return made
 
     for made in in_threads(work):

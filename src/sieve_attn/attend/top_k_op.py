@@ -10,8 +10,10 @@ from torch import Tensor
 from sieve_attn import dispatch
 from sieve_attn.arrays import torch_ops
 from sieve_attn.attend import top_k as stage
-from sieve_attn.attend.torch_op import _call, _empty_output, backward_op, pack
-from sieve_attn.types import Call, Selection, Tokens
+from sieve_attn.attend.torch_op import _call, _empty_output, backward_op
+from sieve_attn.types import Call
+
+_CHOICE = repr([("Tokens", {}, {"index": 0})])  # the selection that `index` is, as `torch_op.unpack` reads it
 
 
 def _chosen(query: Tensor, value: Tensor, backend: str) -> str:
@@ -52,9 +54,8 @@ def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor, *_: Any) -> tuple
     output, lse, index, query, key, value, *rest = ctx.saved_tensors
     mask, key_mask, cu_seqlens, sink = (rest.pop(0) if there else None for there in ctx.present)
     *plain, _, backend = ctx.plain
-    parts, spec = pack(Selection((Tokens(index, int(key.shape[2])),)))
     dq, dk, dv, _, dsink = backward_op(
-        grad_output, grad_lse, output, lse, query, key, value, mask, key_mask, None, cu_seqlens, sink, *plain, parts, spec,
+        grad_output, grad_lse, output, lse, query, key, value, mask, key_mask, None, cu_seqlens, sink, *plain, [index], _CHOICE,
         backend, 0,
     )  # fmt: skip
     return dq, dk, dv, None, None, None, None if sink is None else dsink, *[None] * 6

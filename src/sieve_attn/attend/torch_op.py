@@ -48,11 +48,27 @@ def _read(spec: str) -> list[tuple[str, dict[str, Any], dict[str, int]]]:
     return ast.literal_eval(expression.read(spec))
 
 
-def unpack(tensors: list[Tensor], spec: str) -> Selection:
+def unpack(tensors: list[Tensor], spec: str, call: Call) -> Selection:
+    """The selection that a text and its tensors describe. What follows from the lengths of ``call`` may be left to this: a text
+    made of the compiler's symbols would fix them, and every length would compile again."""
     parts = []
     for kind, plain, places in _read(spec):
-        parts.append(_KINDS[kind](**plain, **{name: tensors[i] for name, i in places.items()}))
+        if kind == "Policy":
+            return _selected(call, policies.parse(plain["text"]), tensors)
+        parts.append(_KINDS[kind](**{"kv_len": call.kv_len, **plain, **{name: tensors[i] for name, i in places.items()}}))
     return Selection(tuple(parts))
+
+
+def _selected(call: Call, policy: policies.Policy, tensors: list[Tensor]) -> Selection:
+    """What ``policy`` kept in ``call``: by position, or as blocks in the ``tensors`` that :func:`attention_op` returned."""
+    grid = _grid(call.query, call.key, policy, call.causal)
+    if grid is not None:
+        row_ptr, block_index, *row_mask = tensors
+        return Selection((Blocks(row_ptr, block_index, **grid, row_mask=row_mask[0] if row_mask else None),))
+    q_len, kv_len = call.q_len, call.kv_len
+    if policy.keep is None or kv_len < policy.min_seq_length:
+        return Selection((Ranges(q_len, kv_len, prefix=kv_len),))
+    return policy.keep.selection(q_len, kv_len, causal=call.causal).beside(call.query)
 
 
 def _call(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window) -> Call:
@@ -82,7 +98,7 @@ def attend_op(
     parts: list[Tensor], spec: str, backend: str, far_block: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _call(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window)
-    selection = unpack(parts, spec)
+    selection = unpack(parts, spec, call)
     with torch_ops.no_grad():
         return _backend(query, value, backend, far_block > 0, selection).attend(call, selection, _field(call, far_block))
 
@@ -96,7 +112,7 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key, value, bias and sink (empty where absent)."""
     call = _call(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window)
-    selection = unpack(parts, spec)
+    selection = unpack(parts, spec, call)
     with torch_ops.no_grad():
         made = _backend(query, value, backend, far_block > 0, selection).backward(
             call, selection, grad_output, grad_lse, _field(call, far_block), output=output, lse=lse
@@ -287,26 +303,12 @@ def _(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, 
 
 def _setup_attention(ctx, inputs, output):
     *tensors, causal, scale, softcap, window, policy, per_query, backend = inputs
-    query, key, value = tensors[:3]
-    chosen = policies.parse(policy)
-    grid = _grid(query, key, chosen, causal)
-    if grid is None:
-        pattern = None if key.shape[2] < chosen.min_seq_length else chosen.keep
-        # the text of a selection holds plain numbers, also while the compiler's sizes are symbols
-        q_len, kv_len = int(query.shape[2]), int(key.shape[2])
-        plain = Ranges(q_len, kv_len, prefix=kv_len) if pattern is None else None
-        selection = Selection((plain,)) if plain else pattern.selection(q_len, kv_len, causal=causal).beside(query)
-        parts, spec = pack(selection)
-    else:
-        parts = [output[2], output[3]] + ([output[4]] if per_query else [])
-        places = {"row_ptr": 0, "block_index": 1} | ({"row_mask": 2} if per_query else {})
-        spec = repr([("Blocks", {n: int(v) for n, v in grid.items()}, places)])
+    query, key = tensors[:2]
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    dtype = str(query.dtype).removeprefix("torch.")
-    kinds = tuple(kind for kind, _, _ in _read(spec))
-    request = dispatch.Request("torch", query.device.type, dtype, query.shape[3], value.shape[3], chosen.far_field, kinds)
-    far_block = chosen.block_size if chosen.far_field and grid else 0
-    _save(ctx, (*tensors, causal, scale, softcap, window), output, parts, spec, dispatch.choose(backend, request)[0], far_block)
+    chosen = policies.parse(policy)
+    far_block = chosen.block_size if chosen.far_field and key.shape[2] >= chosen.min_seq_length else 0
+    parts, spec = list(output[2 : 5 if per_query else 4]), repr([("Policy", {"text": policy}, {})])
+    _save(ctx, (*tensors, causal, scale, softcap, window), output, parts, spec, backend, far_block)
     ctx.mark_non_differentiable(*output[2:])
 
 
