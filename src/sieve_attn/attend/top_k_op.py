@@ -10,7 +10,7 @@ from torch import Tensor
 from sieve_attn import dispatch
 from sieve_attn.arrays import torch_ops
 from sieve_attn.attend import top_k as stage
-from sieve_attn.attend.torch_op import _call, _empty_output, backward_op
+from sieve_attn.attend.torch_op import _call, _empty_output, backward_op, one_by_one
 from sieve_attn.types import Call
 
 _CHOICE = repr([("Tokens", {}, {"index": 0})])  # the selection that `index` is, as `torch_op.unpack` reads it
@@ -62,6 +62,7 @@ def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor, *_: Any) -> tuple
 
 
 top_k_op.register_autograd(_backward, setup_context=_setup)
+top_k_op.register_vmap(one_by_one(top_k_op))
 
 
 def attend(call: Call, top_k: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ gradients go through the masked softmax, and a dropped (tile, block) pair contri
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
@@ -69,6 +70,25 @@ def _selected(call: Call, policy: policies.Policy, tensors: list[Tensor]) -> Sel
     if policy.keep is None or kv_len < policy.min_seq_length:
         return Selection((Ranges(q_len, kv_len, prefix=kv_len),))
     return policy.keep.selection(q_len, kv_len, causal=call.causal).beside(call.query)
+
+
+def one_by_one(op: Any, stacked: int | None = None) -> Any:
+    """A rule of ``torch.func.vmap``: one call an entry. Outputs from ``stacked`` on are left empty: how many blocks were chosen
+    differs from entry to entry, and above the map nobody asks for them."""
+
+    def rule(info: Any, dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        made = [op(*_entry(args, dims, n)) for n in range(info.batch_size)]
+        whole = tuple(torch.stack(parts) for parts in zip(*(m[:stacked] for m in made), strict=True))
+        rest = tuple(x.new_empty(0) for x in made[0][len(whole) :])
+        return whole + rest, (0,) * len(whole) + (None,) * len(rest)
+
+    return rule
+
+
+def _entry(args: Sequence[Any], dims: Sequence[Any], n: int) -> list[Any]:
+    """The arguments of entry ``n``: tensors are cut along their mapped axis, also those in lists."""
+    pairs = zip(args, dims, strict=True)
+    return [_entry(x, dim, n) if isinstance(x, list) else x if dim is None else x.select(dim, n) for x, dim in pairs]
 
 
 def _call(query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window) -> Call:
@@ -211,6 +231,8 @@ def _backward_attend(ctx, grad_output, grad_lse):
 
 
 attend_op.register_autograd(_backward_attend, setup_context=_setup_attend)
+attend_op.register_vmap(one_by_one(attend_op))
+backward_op.register_vmap(one_by_one(backward_op))
 
 
 def refuse_tangents(
@@ -317,3 +339,23 @@ def _backward_attention(ctx, grad_output, grad_lse, *_):
 
 
 attention_op.register_autograd(_backward_attention, setup_context=_setup_attention)
+
+
+@attention_op.register_vmap
+def _(info: Any, dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """The mapped axis becomes part of the batch, where every sequence chooses for itself."""
+    cu_seqlens, sink_dim = args[6], dims[7]
+    if cu_seqlens is not None or sink_dim is not None:  # neither has a batch
+        return one_by_one(attention_op, 2)(info, dims, *args)
+    size, batch = info.batch_size, args[0].shape[1 if dims[0] == 0 else 0]
+    folded = [_folded(x, dim, size, batch, shared=n in (3, 5)) for n, (x, dim) in enumerate(zip(args[:6], dims[:6], strict=True))]
+    output, lse, *chosen = attention_op(*folded, *args[6:])
+    return (*(x.unflatten(0, (size, batch)) for x in (output, lse)), *chosen), (0, 0, None, None, None)
+
+
+def _folded(x: Tensor | None, dim: int | None, size: int, batch: int, *, shared: bool) -> Tensor | None:
+    """[size * batch, ...]; what may be ``shared``, masks and biases, stays as it is where it is the same for every sequence."""
+    if x is None or (shared and dim is None and x.shape[0] == 1):
+        return x
+    x = x[None] if dim is None else x.movedim(dim, 0)
+    return x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
