@@ -1,10 +1,14 @@
 """What `torch.compile` and the transforms of `torch.func` make of the entry points."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from sieve_attn import attention
+from sieve_attn import AetherAttention, attention
 from sieve_attn.functional import offset_attention, top_k_attention
+from sieve_attn.layers import LocalPath, PrimeSelfAttention, SparseCausalAttention, StatePath, TilelliBlock
 from sieve_attn.patterns import GlobalTokens, Primes, RandomBlocks, Window
 from sieve_attn.policies import Policy, TopBlocks, Windowed
 from sieve_attn.scores import KeySketch
@@ -40,22 +44,25 @@ TRAINED = {
     "far field": lambda q, k, v: attention(q, k, v, FAR, causal=True),
     "pattern": lambda q, k, v: attention(q, k, v, NEAR, causal=True),
     "top-k": lambda q, k, v: top_k_attention(q, k, v, 5, causal=True),
+    "pattern of blocks": lambda q, k, v: offset_attention(q, k, v, RandomBlocks(1, 16, window=1)),
+    "counted twice": lambda q, k, v: offset_attention(q[:, :, -30:], k[:, :, -30:], v[:, :, -30:], TWICE, upstream_compat=True),
 }
+FROM_NUMPY = ("pattern of blocks", "counted twice")  # the compiler settles some numbers at the first length
+TWICE = Primes() | Window(4) | GlobalTokens(2)
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_one_graph_trains_on_every_length(name):
+def test_few_graphs_train_on_every_length(name):
     run = TRAINED[name]
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in range(33, 73, 4):
         inputs = gaussian(length, Shape(1, 2, 1, length - 7, length, 8, 6), torch.float32)
         for a, b in zip(results(compiled, inputs), results(run, inputs), strict=True):
             assert torch.equal(a, b)
-    assert graphs() == 1
+    assert graphs() <= (3 if name in FROM_NUMPY else 1)
 
 
 MASK = draw(9, 1, 2, 300, 300) > -1
-TWICE = Primes() | Window(4) | GlobalTokens(2)
 MAPPED = {  # over the first axis of x [4, 2, 2, 300, 8], y [4, 1, 2, 1, 300] and z [4, 2]
     "blocks": lambda x, y, z: attention(x, x, x, TOP, causal=True),
     "per query": lambda x, y, z: attention(x, x, x, TOP, causal=True, per_query=True),
@@ -98,3 +105,66 @@ def test_pulls_are_mapped():
         return torch.autograd.grad(out, x, grad, retain_graph=True)[0]
 
     assert_close(torch.func.vmap(pull)(many), torch.stack([pull(grad) for grad in many]), dtype=torch.float32)
+
+
+# the compiler makes symbols of floats that it does not see written
+SHARE = 0.3
+FLOATS = {
+    "layer": AetherAttention(SHARE, 16, scale=SHARE),
+    "scale and cap": lambda q, k, v: attention(q, k, v, scale=SHARE, softcap=SHARE),
+}
+INSIDE = """
+import torch
+from sieve_attn import attention
+from sieve_attn.policies import *
+SHARE, BLOCKS = 0.3, 2
+x = torch.randn(1, 2, 70, 8)
+for make in (lambda: Adaptive(0.9), lambda: Certified(SHARE), lambda: Aether(-SHARE, 8 * BLOCKS)):
+    torch._dynamo.reset()
+    run = lambda x: attention(x, x, x, make(), causal=True)
+    assert torch.equal(torch.compile(run, fullgraph=True, dynamic=True, backend="eager")(x), run(x))
+"""
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_floats_may_be_symbols(name):
+    x, run = draw(1, 1, 2, 70, 8).float(), FLOATS[name]
+    assert torch.equal(torch.compile(run, fullgraph=True, dynamic=True, backend="eager")(x, x, x), run(x, x, x))
+
+
+def test_policies_made_inside_may_hold_symbols():
+    # in a process of its own: the compiler cannot see through the type checker of this one
+    done = subprocess.run([sys.executable, "-c", INSIDE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("make", [PrimeSelfAttention, SparseCausalAttention, LocalPath, StatePath, TilelliBlock])
+def test_steps_compile(make):
+    layer, x = make(32), draw(1, 2, 30, 32).float()
+    run = layer.step if make is PrimeSelfAttention else layer.forward_incremental
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        cache = layer.empty_cache(2)
+        for n in range(30):
+            before = cache
+            y, cache = compiled(x[:, n : n + 1], before)
+            assert torch.equal(y, run(x[:, n : n + 1], before)[0])
+        assert graphs() <= 6
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_caches_of_inference_mode_are_stepped_by_the_compiler(mode):
+    layer, x = SparseCausalAttention(32), draw(1, 2, 30, 32).float()
+    with torch.inference_mode():
+        cache = layer.forward_incremental(x[:, 20:21], layer.warmup_cache(x[:, :20]))[1]
+    with mode():
+        y, _ = torch.compile(layer.forward_incremental, fullgraph=True, backend="aot_eager")(x[:, 21:22], cache)
+        assert_close(y, layer(x[:, :22])[:, -1:], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["return_attention", "return_report"])
+def test_what_offsets_report_stays_outside(name):
+    x, given = draw(1, 1, 2, 40, 8).float(), {name: True}
+    run = lambda x: offset_attention(x, x, x, TWICE, **given)[0]  # noqa: E731
+    with pytest.raises(Exception, match=f"`{name}` cannot be used inside torch.compile"):
+        torch.compile(run, fullgraph=True, backend="eager")(x)

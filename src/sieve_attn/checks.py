@@ -72,14 +72,19 @@ def share(argument: str, value: Any, remedy: str, *, open_right: bool = False) -
 
 def threshold(argument: str, value: Any) -> float:
     """A real number; infinities are thresholds too, NaN is not."""
-    if not isinstance(value, NUMBER) or isinstance(value, bool) or math.isnan(value):
+    if not isinstance(value, NUMBER) or isinstance(value, bool) or not -math.inf <= value <= math.inf:
         raise error(argument, "must be a number and not NaN", repr(value), "use float('-inf') to keep everything")
-    return float(value)
+    return settled(value)
+
+
+def settled(value: float) -> float:
+    """The number itself where the compiler made it a symbol, as it may any float that it did not see written: a text holds it."""
+    return float.fromhex(float(value).hex())
 
 
 def positive(argument: str, value: Any, remedy: str, *, instead: str = "") -> None:
     """A positive finite number; ``instead`` says what else is allowed."""
-    if not isinstance(value, NUMBER) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+    if not isinstance(value, NUMBER) or isinstance(value, bool) or not 0 < value < math.inf:
         raise error(argument, f"must be a positive finite number{instead}", repr(value), remedy)
 
 

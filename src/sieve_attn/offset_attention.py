@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,9 @@ from sieve_attn import checks, patterns
 from sieve_attn.arrays import torch_ops
 from sieve_attn.attend import offset_op, torch_op
 from sieve_attn.attend import offsets as stage
-from sieve_attn.pipeline import attend
+from sieve_attn.pipeline import attend, attention
+from sieve_attn.policies import Policy
+from sieve_attn.types import Offsets, Ranges, Selection
 
 _WEIGHT_BYTES = 1 << 26  # what the keys gathered for `return_attention` may take at a time
 
@@ -92,6 +95,9 @@ def offset_attention(
     checks.attention_options(query, key, scale=scale, xp=torch_ops, **options)
     if plan not in stage.PLANS:
         raise checks.error("plan", f"must be one of {', '.join(stage.PLANS)}", repr(plan), "use 'auto'")
+    if (return_attention or return_report) and torch.compiler.is_compiling():
+        name, remedy = "return_attention" if return_attention else "return_report", "call this outside of it to have that"
+        raise checks.error(name, "cannot be used inside torch.compile", "True", remedy)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     q_len, kv_len = query.shape[2], key.shape[2]
     if stage.made_of_offsets(pattern):
@@ -99,13 +105,17 @@ def offset_attention(
         torch_op.refuse_tangents(query, key, value)
         output, lse = offset_op.offset_op(query, key, value, text, scale, plan)
         if upstream_compat:
-            output, lse = _doubled(query, key, value, pattern, output, lse, scale)
+            output, lse = _doubled(query, key, value, pattern, text, output, lse, scale)
     else:
         asked = {"return_attention": return_attention, "upstream_compat": upstream_compat, "return_report": return_report}
         for name in (name for name, given in asked.items() if given):
             raise checks.error(name, "needs a pattern of offsets, windows and first tokens", repr(pattern), "leave it out")
-        selection = pattern.selection(q_len, kv_len, causal=True).beside(query)
-        output, lse = attend(query, key, value, selection, causal=True, scale=scale)
+        if torch.compiler.is_compiling() and type(pattern).__module__.startswith("sieve_attn."):
+            # NumPy draws the blocks, which compilers cannot follow: an operator reads the pattern's text
+            output, lse = attention(query, key, value, Policy(keep=pattern), causal=True, scale=scale, return_lse=True)
+        else:
+            selection = pattern.selection(q_len, kv_len, causal=True).beside(query)
+            output, lse = attend(query, key, value, selection, causal=True, scale=scale)
     results = [output]
     if return_lse:
         results.append(lse)
@@ -131,22 +141,25 @@ def _report(query: Tensor, key: Tensor, value: Tensor, pattern: patterns.Pattern
 
 def _window(pattern: patterns.Pattern) -> int:
     """How many tokens before the query its window holds."""
-    return max((p.tokens - 1 for p in patterns.base.members(pattern) if isinstance(p, patterns.Window)), default=0)
+    return max([0, *(p.tokens - 1 for p in patterns.base.members(pattern) if isinstance(p, patterns.Window))])
 
 
-def _doubled(query, key, value, pattern, output, lse, scale) -> tuple[Tensor, Tensor]:
+def _doubled(query, key, value, pattern, text, output, lse, scale) -> tuple[Tensor, Tensor]:
     """The first rows again, where global tokens lie inside of the window; no other row has any."""
-    found = stage.reach(pattern, key.shape[2])
+    prefix, window = offset_op.settled(text, 1)[0], _window(pattern)
     offset = key.shape[2] - query.shape[2]
-    stop = min(found.prefix + _window(pattern), key.shape[2])
-    first = max(offset, 0)
-    if stop <= first or found.prefix == 0 or _window(pattern) == 0:
+    first, stop = max(offset, 0), min(prefix + window, key.shape[2])
+    if stop <= first or prefix == 0 or window == 0:
         return output, lse
+    # these rows are few and the same for all longer sequences, so a compiler may settle their number
+    first, stop = operator.index(first), operator.index(stop)
+    size = {"q_len": stop - first, "kv_len": stop}
+    offsets = Offsets(**size, offsets=offset_op.settled(text, stop)[1], first_key=prefix)
     rows = slice(first - offset, stop - offset)
-    bias = _log_counts(torch.arange(first, stop)[:, None], torch.arange(stop)[None, :], found.prefix, _window(pattern))
+    bias = _log_counts(torch.arange(first, stop)[:, None], torch.arange(stop)[None, :], prefix, window)
     out, sums = attend(
-        query[:, :, rows], key[:, :, :stop], value[:, :, :stop], stage.selection_of(found, stop - first, stop), causal=True,
-        scale=scale, bias=bias.to(query.device, torch.promote_types(query.dtype, torch.float32))[None, None],
+        query[:, :, rows], key[:, :, :stop], value[:, :, :stop], Selection((Ranges(**size, prefix=prefix), offsets)),
+        causal=True, scale=scale, bias=bias.to(query.device, torch.promote_types(query.dtype, torch.float32))[None, None],
     )  # fmt: skip
     parts = [(x[:, :, : rows.start], y, x[:, :, rows.stop :]) for x, y in ((output, out), (lse, sums.to(lse.dtype)))]
     return tuple(torch.cat(p, 2) for p in parts)

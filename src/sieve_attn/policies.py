@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sieve_attn import expression, patterns, scores, selection
-from sieve_attn.checks import error, positive_int, share
+from sieve_attn.checks import error, positive_int, settled, share
 from sieve_attn.patterns import Pattern, Sinks, Union, Window
 from sieve_attn.scores import Bennett, Bound, Box, Euclidean, KeySketch, Scorer
 from sieve_attn.selection import Certified as CertifiedSelector
@@ -125,7 +125,7 @@ def _text(part: Any) -> str:
     if is_dataclass(part):
         inside = ", ".join(f"{f.name}={_text(getattr(part, f.name))}" for f in fields(part))
         return f"{type(part).__name__}({inside})"
-    return repr(part)
+    return repr(settled(part) if isinstance(part, float) else part)
 
 
 FAR_FIELD_BOUND = Bennett()

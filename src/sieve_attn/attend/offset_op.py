@@ -43,6 +43,13 @@ def _found(text: str, limit: int) -> tuple[stage.Reach, Tensor]:
     return found, torch.from_numpy(found.offsets.copy())
 
 
+@torch.compiler.assume_constant_result
+def settled(text: str, kv_len: int) -> tuple[int, tuple[int, ...]]:
+    """First tokens and offsets below ``kv_len`` that the pattern keeps: plain numbers, which compilers take as they are."""
+    found = found_in(text, kv_len)[0]
+    return found.prefix, tuple(found.offsets[found.offsets < kv_len].tolist())
+
+
 def _read(text: str) -> Pattern:
     # the class of an entry point is found by its name; an identity (#) is a comment to the parser, so nothing is made of it
     try:

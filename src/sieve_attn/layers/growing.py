@@ -19,10 +19,12 @@ _CLAIMS = Lock()  # one for all: it is held for two lines, and caches are copied
 class _Storage:
     """Buffers that several views share, and how many of their entries are written or about to be."""
 
-    __slots__ = ("buffers", "used")
+    __slots__ = ("buffers", "inference", "used")
 
     def __init__(self, buffers: list[Tensor], used: int):
         self.buffers, self.used = buffers, used
+        # asked here, since compilers do not answer
+        self.inference = not torch.compiler.is_compiling() and any(b.is_inference() for b in buffers)
 
     def claim(self, length: int, total: int) -> bool:
         """Whether the caller may write the entries from ``length`` to ``total``: of all that ask for them, one may."""
@@ -85,7 +87,7 @@ class GrowingArrays:
             return GrowingArrays(_Storage(joined, total), total)
         storage = self._storage
         with torch.no_grad():
-            if not (all(_writable(b, total) for b in storage.buffers) and storage.claim(self.length, total)):
+            if not (all(_writable(storage, b, total) for b in storage.buffers) and storage.claim(self.length, total)):
                 storage = self._copied(total + max(LEAST, total // 4))
                 storage.claim(self.length, total)
             for buffer, x in zip(storage.buffers, new, strict=True):
@@ -102,9 +104,11 @@ class GrowingArrays:
         return _Storage(buffers, self.length)
 
 
-def _writable(buffer: Tensor, total: int) -> bool:
+def _writable(storage: _Storage, buffer: Tensor, total: int) -> bool:
     """Room is left, autograd holds no reference, and inference mode does not forbid it."""
     fits = buffer.shape[2] >= total and not buffer.requires_grad
+    if torch.compiler.is_compiling():  # whether inference mode is on is not to be known there
+        return fits and not storage.inference
     return fits and (torch.is_inference_mode_enabled() or not buffer.is_inference())
 
 

@@ -46,12 +46,12 @@ class _Path(nn.Module):
 
     def forward_incremental(self, x_step: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
         """``(y [batch, 1, d_model], the state after this token)``."""
-        shape = list(self._empty(1, {"device": "meta", "dtype": x_step.dtype}).shape[1:])
-        held = f"{list(cache.shape[1:])} on {cache.device}" if isinstance(cache, Tensor) else type(cache).__name__
-        if held != f"{shape} on {x_step.device}":
+        shape = self._empty(1, {"device": "meta", "dtype": x_step.dtype}).shape[1:]
+        held = (cache.shape[1:], cache.device) if isinstance(cache, Tensor) else None
+        if held != (shape, x_step.device):
             raise checks.error(
-                "cache", f"must be a state [batch, {', '.join(map(str, shape))}] on {x_step.device}", held,
-                "use the cache that this path made",
+                "cache", f"must be a state [batch, {', '.join(map(str, shape))}] on {x_step.device}",
+                type(cache).__name__ if held is None else f"{list(held[0])} on {held[1]}", "use the cache that this path made",
             )  # fmt: skip
         check_step(x_step, self.d_model, cache.shape[0])
         return self._run(x_step, cache)

@@ -86,8 +86,9 @@ class TilelliBlock(nn.Module):
 
     def forward_incremental(self, x_step: Tensor, cache: tuple) -> tuple[Tensor, tuple]:
         """``(y [batch, 1, d_model], the cache with this token)``."""
-        held = f"{len(cache)} entries" if isinstance(cache, (tuple, list)) else type(cache).__name__
-        if held != f"{len(self.paths)} entries":
+        held = len(cache) if isinstance(cache, (tuple, list)) else None
+        if held != len(self.paths):
+            held = type(cache).__name__ if held is None else f"{held} entries"
             raise checks.error("cache", f"must hold {len(self.paths)} entries, one a path", held, "use empty_cache")
         check_step(x_step, self.d_model, x_step.shape[0] if x_step.dim() else 0)
         h = self.norm(x_step)
