@@ -168,3 +168,25 @@ def test_what_offsets_report_stays_outside(name):
     run = lambda x: offset_attention(x, x, x, TWICE, **given)[0]  # noqa: E731
     with pytest.raises(Exception, match=f"`{name}` cannot be used inside torch.compile"):
         torch.compile(run, fullgraph=True, backend="eager")(x)
+
+
+class Called(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x, x, x)
+
+
+@pytest.mark.parametrize("name", ["dense", "blocks", "pattern", "top-k", "pattern of blocks", "offsets", "block of layers"])
+def test_exported_lengths_stay_open(name):
+    runs = {**TRAINED, "offsets": lambda q, k, v: offset_attention(q, k, v, TWICE)}
+    model = TilelliBlock(8) if name == "block of layers" else Called(runs[name])
+    shape = (2,) if name == "block of layers" else (2, 1)
+    with torch.no_grad():
+        length = {len(shape): torch.export.Dim("length", min=2, max=512)}
+        exported = torch.export.export(model, (draw(1, *shape, 33, 8).float(),), dynamic_shapes=(length,)).module()
+        for n in (4, 70, 300):
+            x = draw(n, *shape, n, 8).float()
+            assert torch.equal(exported(x), model(x))

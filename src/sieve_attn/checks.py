@@ -119,7 +119,7 @@ def one_device(argument: str, x: Array | None, query: Array) -> None:
 
 
 def shape_of(x: Array) -> tuple[int, ...]:
-    return tuple(int(n) for n in x.shape)
+    return tuple(x.shape)  # not made integers: exporting would fix a length that it is to leave open
 
 
 def qkv(query: Array, key: Array, value: Array, *, xp: Any) -> None:
@@ -204,7 +204,7 @@ def attention_options(
 ) -> None:
     """The keyword arguments of ``attention`` and ``attend``."""
     batch, q_heads, q_len, _ = shape_of(query)
-    kv_len = int(key.shape[2])
+    kv_len = key.shape[2]
     if dropout:
         raise error(
             "dropout", "must be 0: a certificate has no meaning under dropout", repr(dropout), "drop it, or call model.eval()"

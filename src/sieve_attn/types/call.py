@@ -35,11 +35,11 @@ class Call:
 
     @property
     def q_len(self) -> int:
-        return int(self.query.shape[2])
+        return self.query.shape[2]
 
     @property
     def kv_len(self) -> int:
-        return int(self.key.shape[2])
+        return self.key.shape[2]
 
     @property
     def offset(self) -> int:
