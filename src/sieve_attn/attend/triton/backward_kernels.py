@@ -159,8 +159,8 @@ def query_kernel(
             base, offset = places(found, batch, kv_head, key, None, 0, WIDE)
             keys = load_rows(base, offset, there, key.col, DIM, BLOCK_D, True)
             if not EVERYWHERE:
-                # and where their lse is a number all the same, its logit was -inf: it has no weight
-                there &= tl.min((tl.abs(keys.to(tl.float32)) < float("inf")).to(tl.int32), 1) > 0
+                # and where their lse is a number all the same, its logit was -inf: no weight (0 * inf is no number)
+                there &= tl.sum(keys.to(tl.float32) * 0.0, 1) == 0.0
             keys = finite(keys)
             base, offset = places(found, batch, kv_head, value, None, 0, WIDE)
             values = finite(load_rows(base, offset, there, value.col, V_DIM, BLOCK_V, True))
@@ -218,13 +218,14 @@ def count_tiles(
 @triton.jit
 def all_finite(base, offset, there, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Whether rows of keys are numbers throughout; a few channels at a time, as whole rows would take registers."""
-    odd = offset * 0
+    # zero times what is no number is no number
+    odd = offset * 0.0
     for first in range(0, BLOCK_D, 16):
         channel = first + tl.arange(0, 16)
         inside = there[:, None] & (channel < DIM)[None, :]
         x = tl.load(base + (offset[:, None] + (channel * stride)[None, :]), mask=inside, other=0.0).to(tl.float32)
-        odd += tl.sum(((tl.abs(x) < float("inf")) == 0).to(tl.int32), 1)
-    return tl.sum(odd, 0) == 0
+        odd += tl.sum(x * 0.0, 1)
+    return tl.sum(odd, 0) == 0.0
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "chosen_heads", "blocks"])
