@@ -415,18 +415,23 @@ NB_MODULE(_native, m) {
                           counts ? static_cast<int64_t*>(counts->data) : nullptr);
         },
         "a"_a, "top_k"_a, "out"_a, "lse"_a, "index"_a, "counts"_a.none(), nb::call_guard<nb::gil_scoped_release>());
-  m.def("ternary_linear",
-        [](const View& codes, const View& alpha, int64_t rows, int64_t columns, int64_t fewest, const View& x, bool int8,
-           const View& out, int threads) {
-          ternary_linear(TernaryWeights{static_cast<const int32_t*>(codes.data), rows, columns, static_cast<const float*>(alpha.data),
-                                        alpha.shape[3] > 1 ? 1 : 0, fewest},
-                         x, int8, out, threads);
-        },
-        "codes"_a, "alpha"_a, "rows"_a, "columns"_a, "fewest"_a, "x"_a, "int8"_a, "out"_a, "threads"_a,
-        nb::call_guard<nb::gil_scoped_release>());
-  m.def("ternary_fewest",
-        [](const View& codes, int64_t rows, int64_t columns) { return ternary_fewest(static_cast<const int32_t*>(codes.data), rows, columns); },
-        "codes"_a, "rows"_a, "columns"_a, nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<TernaryWeights>(m, "TernaryWeights", nb::dynamic_attr())
+      .def("__init__",
+           [](TernaryWeights* self, const View& codes, const View& alpha, int64_t rows, int64_t columns, bool counted) {
+             const uint8_t* c = static_cast<const uint8_t*>(codes.data);
+             nb::gil_scoped_release unlocked;
+             new (self) TernaryWeights{c, rows, columns, static_cast<const float*>(alpha.data), alpha.shape[3] > 1 ? 1 : 0,
+                                       counted ? ternary_fewest(c, rows, columns) : 0};
+           },
+           "codes"_a, "alpha"_a, "rows"_a, "columns"_a, "counted"_a)
+      .def_ro("fewest", &TernaryWeights::fewest)
+      // tensors as they are: between products that stream weights through the caches, an object of Python costs several times its time
+      .def("multiply", [](const TernaryWeights& w, nb::handle x, nb::handle out, bool int8, int threads) {
+        const View from = tensor_view(x), to = tensor_view(out);
+        if (from.shape[3] != w.columns || to.shape[3] != w.rows) throw std::invalid_argument("`x` must have as many channels as the matrix has columns");
+        nb::gil_scoped_release unlocked;
+        ternary_linear(w, from, int8, to, threads);
+      });
   m.def("diagonal_scan",
         [](const View& x, const View& a, const View& start, const View& out, bool reverse, int threads) {
           diagonal_scan(x, static_cast<const float*>(a.data), static_cast<const float*>(start.data), out, reverse, threads);

@@ -13,7 +13,7 @@ namespace sieve {
 namespace {
 
 constexpr int64_t FEW = 4;                      // tokens that one call of a table kernel takes
-constexpr int64_t BLOCKS = 8;                   // row blocks that one call takes
+constexpr int64_t BLOCKS = 4;                   // row blocks that one call takes
 constexpr int64_t WORK = int64_t{1} << 21;      // products below which another thread costs more than it brings
 
 struct Product {
@@ -25,7 +25,7 @@ struct Product {
   int threads;
 
   int64_t padded() const { return groups * TERNARY_COLUMNS; }
-  const int32_t* codes(int64_t block) const { return w.codes + block * groups * TERNARY_ROWS; }
+  const uint8_t* codes(int64_t block) const { return w.codes + block * groups * TERNARY_BYTES; }
   void read(int64_t first, int64_t last, float* rows) const { k.read_rows(x, 0, 0, first, last, padded(), false, rows); }
 
   // Sums of one token over some row blocks, scaled, as a piece of the output's row.
@@ -134,15 +134,15 @@ void eight_bit(const Product& p) {
 
 }  // namespace
 
-int64_t ternary_fewest(const int32_t* codes, int64_t rows, int64_t columns) {
+int64_t ternary_fewest(const uint8_t* codes, int64_t rows, int64_t columns) {
   const int64_t groups = (columns + TERNARY_COLUMNS - 1) / TERNARY_COLUMNS;
   int64_t fewest = columns;
   for (int64_t row = 0; row < rows; ++row) {
-    const int32_t* word = codes + row / TERNARY_ROWS * groups * TERNARY_ROWS + row % TERNARY_ROWS;
+    const uint8_t* byte = codes + row / TERNARY_ROWS * groups * TERNARY_BYTES + row % TERNARY_ROWS;
     int64_t count = 0;
-    for (int64_t g = 0; g < groups; ++g) {
-      const uint32_t other = static_cast<uint32_t>(word[g * TERNARY_ROWS]) ^ 0x55555555u;  // zeros of trits are code 1
-      count += __builtin_popcount((other | other >> 1) & 0x55555555u);
+    for (int64_t i = 0; i < groups * 4; ++i) {
+      const uint32_t other = byte[i * TERNARY_ROWS] ^ 0x55u;  // zeros of trits are code 1
+      count += __builtin_popcount((other | other >> 1) & 0x55u);
     }
     fewest = std::min(fewest, count);
   }

@@ -1,6 +1,7 @@
 """Ternary layers: their definition, gradients, packing, and products with packed weights at every level."""
 
 import copy
+import gc
 import math
 
 import pytest
@@ -11,14 +12,14 @@ from torch.nn import functional
 
 import sieve_attn
 from sieve_attn import native
-from sieve_attn.layers import PackedTernaryLinear, TernaryLinear, pack_ternary, packing
-from sieve_attn.layers.ternary_op import fewest, reference, round_tokens, ternary_linear, ternary_linear_op, two_bits
+from sieve_attn.layers import PackedTernaryLinear, TernaryLinear, pack_ternary, packing, ternary_op
+from sieve_attn.layers.ternary_op import matrix_of, reference, round_tokens, ternary_linear, ternary_linear_op
 from sieve_attn.testing import assert_close
 
 LEVELS = native.module().levels() if not native.missing() else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # below, at and above a row block, a column group, four of them, and what one call of a kernel takes
-SIZES = [(1, 1), (3, 17), (16, 16), (17, 33), (50, 300), (131, 64), (150, 513), (40, 1100)]
+SIZES = [(1, 1), (3, 17), (16, 16), (17, 33), (32, 48), (65, 31), (50, 300), (131, 64), (150, 513), (40, 1100)]
 
 
 @pytest.fixture(params=LEVELS)
@@ -127,11 +128,12 @@ def test_unpacking_restores_trits_exactly(rows, columns, seed, form):
 
 def test_the_two_bit_layout_is_what_the_module_says():
     trits = torch.zeros(32, 32, dtype=torch.int8)
-    trits[21, 16 + 4 * 2 + 3] = 1  # row block 1, row 5; group 1, i = 2, b = 3
+    trits[21, 16 + 4 * 2 + 3] = 1  # row 21; group 1, j = 2, b = 3
     codes = packing.pack(trits)
+    assert codes.shape == (1, 2, 32)
     where = (codes != 0x55555555).nonzero().tolist()
-    assert where == [[1, 1, 5]]
-    assert (int(codes[1, 1, 5]) & 0xFFFFFFFF) ^ 0x55555555 == 0b11 << (8 * 3 + 2 * 2)
+    assert where == [[0, 1, (32 * 3 + 21) // 4]]
+    assert (int(codes[tuple(where[0])]) & 0xFFFFFFFF) ^ 0x55555555 == 0b11 << (8 * (21 % 4) + 2 * 2)
 
 
 @pytest.mark.parametrize("form", packing.FORMS)
@@ -321,7 +323,7 @@ def test_trits_written_into_codes_are_counted_again(level):
     codes.copy_(packing.pack(trits))
     got, expected = ternary_linear(x, codes, alpha, 32).double(), exact(x, trits, alpha)
     assert ((got - expected).abs() <= 4 * torch.finfo(torch.float32).eps * exact(x.abs(), trits.abs(), alpha)).all()
-    assert fewest(codes, 32, 2000) == int((trits != 0).sum(1).min())
+    assert matrix_of(codes, alpha, 32, 2000).fewest == int((trits != 0).sum(1).min())
 
 
 @pytest.mark.parametrize("eight", [False, True])
@@ -391,8 +393,9 @@ def test_packed_layers_compile(form):
 
 def test_codes_in_base_3_are_expanded_once():
     packed = TernaryLinear(20, 8).pack("base-3")
-    first = two_bits(packed.codes, 8, 20)
-    assert two_bits(packed.codes, 8, 20) is first
+    first = matrix_of(packed.codes, packed.alpha, 8, 20)
+    assert torch.equal(first.words, packing.pack(packed.trits()))
+    assert matrix_of(packed.codes, packed.alpha, 8, 20) is first
     with torch.inference_mode():  # where writing counts no versions
         made = TernaryLinear(20, 8).pack("base-3")
         before = made(torch.ones(1, 20))
@@ -443,3 +446,45 @@ def test_weights_that_are_not_finite_are_not_packed():
 
 def test_the_name_at_the_top():
     assert sieve_attn.TernaryLinear is TernaryLinear
+
+
+@pytest.mark.parametrize(
+    ("codes", "alpha", "got"),
+    [
+        (torch.zeros(1, 1, 16, dtype=torch.int32), torch.ones(1), r"got torch.int32 of shape \(1, 1, 16\)"),
+        (torch.zeros(1, 1, 32), torch.ones(1), r"got torch.float32 of shape \(1, 1, 32\)"),
+        (packing.pack(torch.zeros(8, 12)), torch.ones(3), r"with fp32 alpha \[1\] or \[8\]"),
+        (packing.pack(torch.zeros(8, 12)).expand(1, 1, 32), torch.ones(1).double(), "with fp32 alpha"),
+    ],
+)
+def test_codes_of_another_matrix_are_refused(codes, alpha, got):
+    with pytest.raises(ValueError, match=f"`codes` must be contiguous int32 of shape .*{got}"):
+        ternary_linear(torch.zeros(1, 12), codes, alpha, 8)
+
+
+def test_kernels_read_no_token_of_another_width():
+    layer = TernaryLinear(20, 8).pack()
+    layer(torch.zeros(1, 20))
+    with pytest.raises(ValueError, match="as many channels as the matrix has columns"):
+        ternary_linear(torch.zeros(1, 2000), layer.codes, layer.alpha, 8)
+
+
+def test_codes_and_scales_put_elsewhere_are_seen():
+    """Kernels are given addresses once: what lies there must still be what the module holds."""
+    first, second, x = TernaryLinear(20, 8).pack(), TernaryLinear(20, 8).pack(), torch.randn(1, 20)
+    first(x)
+    first.codes.data = second.codes.clone()
+    first.alpha.data = second.alpha.clone()
+    assert torch.equal(first(x), second(x))
+    first.alpha = torch.full((8,), 3.0)
+    assert torch.equal(first(x), ternary_linear(x, second.codes, torch.full((8,), 3.0), 8))
+
+
+def test_what_kernels_were_given_is_forgotten_with_the_codes():
+    layer = TernaryLinear(20, 8).pack()
+    layer(torch.zeros(1, 20))
+    key = id(layer.codes)
+    assert key in ternary_op._SEEN
+    del layer
+    gc.collect()
+    assert key not in ternary_op._SEEN

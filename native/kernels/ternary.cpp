@@ -1,12 +1,12 @@
-// Ternary products of few tokens. With AVX-512 every pair of input channels becomes a table of its 16 sums, and codes look them
-// up; with AVX2 channels become digits that are multiplied as bytes; elsewhere trits are multiplied as floats.
-// Integer forms multiply code bytes (trit + 1) and correct the sum.
+// Ternary products of few tokens. Every pair of input channels becomes a table of its 16 sums, and codes look them up: floats with
+// AVX-512, bytes of whole numbers with AVX2; elsewhere trits are multiplied as floats. Integer forms multiply code bytes (trit + 1)
+// and correct the sum.
 #include "ternary.h"
 
 #include "kernels/functions.h"
 #include "kernels/gemm.h"
 #include "kernels/ternary_codes.h"
-#include "kernels/ternary_bytes.h"
+#include "kernels/ternary_planes.h"
 
 namespace sieve {
 namespace SIEVE_LEVEL {
@@ -14,7 +14,7 @@ namespace SIEVE_LEVEL {
 #if defined(__AVX512F__)
 constexpr int HEADER_FLOATS = 0, GROUP_FLOATS = 8 * 16;
 #elif defined(__AVX2__)
-constexpr int GROUP_FLOATS = 16 + sizeof(Small) / sizeof(float);  // the columns, or four digits of a byte for each; one entry of the list
+constexpr int GROUP_FLOATS = MOST_PLANES * 32 + sizeof(Small) / sizeof(float);  // tables of planes, or the columns; one entry of the list
 #else
 constexpr int HEADER_FLOATS = 0, GROUP_FLOATS = 16;  // the columns
 #endif
@@ -35,26 +35,37 @@ void ternary_tables(const float* x, int64_t groups, int64_t fewest, float* table
 #else
   float* to = tables + HEADER_FLOATS;
 #if defined(__AVX2__)
-  const Digits digits = digits_of(x, groups * 16, fewest, reinterpret_cast<int8_t*>(to), reinterpret_cast<Small*>(to + groups * 16), groups);
-  memcpy(tables, &digits, sizeof(digits));
-  if (digits.unit > 0.0) return;
+  const Planes made = planes_of(x, groups, fewest, reinterpret_cast<uint8_t*>(to));
+  memcpy(tables, &made, sizeof(made));
+  if (made.unit > 0.0) return;
 #endif
   memcpy(to, x, sizeof(float) * groups * 16);
 #endif
 }
 
 #if defined(__AVX512F__)
-// What row block r reads 32 groups after group g; behind its end, what the call for the next R blocks begins with
-template <int R>
-static inline const char* ahead(const int32_t* codes, int64_t groups, int r, int64_t g) {
-  const int64_t next = g + 32 < groups ? r * groups + g + 32 : (r + R) * groups + g + 32 - groups;
-  return reinterpret_cast<const char*>(codes) + next * 64;
+// What row block b reads 16 groups after group g; behind its end, what the call for the next B blocks begins with
+template <int B>
+static inline const uint8_t* ahead(const uint8_t* codes, int64_t groups, int b, int64_t g) {
+  return codes + (g + 16 < groups ? b * groups + g + 16 : (b + B) * groups + g + 16 - groups) * TERNARY_BYTES;
 }
 
-// R row blocks against T tokens
-template <int R, int T>
+template <int B>
+static inline void read_words(const uint8_t* codes, int64_t groups, int64_t g, __m512i z[2 * B]) {
+#pragma GCC unroll 8
+  for (int b = 0; b < B; ++b) {
+    row_words(codes + (b * groups + g) * TERNARY_BYTES, z + 2 * b);
+    const uint8_t* next = ahead<B>(codes, groups, b, g);
+    _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(next + 64), _MM_HINT_T0);
+  }
+}
+
+// B row blocks against T tokens
+template <int B, int T>
 static inline void look_up(const TernaryTask& t, int64_t block, int64_t token) {
-  const int32_t* codes = t.codes + block * t.groups * 16;
+  constexpr int R = 2 * B;
+  const uint8_t* codes = code_bytes(t, block);
   const float* tables = static_cast<const float*>(t.x) + token * t.x_stride;
   __m512 total[T][R];
   for (int i = 0; i < T; ++i)
@@ -68,11 +79,7 @@ static inline void look_up(const TernaryTask& t, int64_t block, int64_t token) {
       for (int r = 0; r < R; ++r) part[i][r] = _mm512_setzero_ps();
     for (int64_t g = g0; g < stop; ++g) {
       __m512i z[R];
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        z[r] = _mm512_loadu_si512(codes + (r * t.groups + g) * 16);
-        _mm_prefetch(ahead<R>(codes, t.groups, r, g), _MM_HINT_T0);
-      }
+      read_words<B>(codes, t.groups, g, z);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
 #pragma GCC unroll 8
@@ -90,51 +97,51 @@ static inline void look_up(const TernaryTask& t, int64_t block, int64_t token) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) total[i][r] = _mm512_add_ps(total[i][r], part[i][r]);
   }
-  float* sums = static_cast<float*>(t.sums) + token * t.stride + block * 16;
+  float* sums = static_cast<float*>(t.sums) + token * t.stride + block * TERNARY_ROWS;
   for (int i = 0; i < T; ++i)
     for (int r = 0; r < R; ++r) _mm512_storeu_ps(sums + i * t.stride + r * 16, total[i][r]);
 }
 #else
-template <int R, int T>
+template <int B, int T>
 static inline void look_up(const TernaryTask& t, int64_t block, int64_t token) {
-  static_assert(R == 1 && T == 1, "one block at a time");
-  const int32_t* codes = t.codes + block * t.groups * 16;
+  static_assert(B == 1 && T == 1, "one block at a time");
+  const uint8_t* codes = code_bytes(t, block);
   const float* x = static_cast<const float*>(t.x) + token * t.x_stride + HEADER_FLOATS;
-  float* sums = static_cast<float*>(t.sums) + token * t.stride + block * 16;
+  float* sums = static_cast<float*>(t.sums) + token * t.stride + block * TERNARY_ROWS;
 #if defined(__AVX2__)
-  Digits digits;
-  memcpy(&digits, x - HEADER_FLOATS, sizeof(digits));
-  if (digits.unit > 0.0) return add_digits(t, digits, reinterpret_cast<const int8_t*>(x), block, sums);
+  Planes made;
+  memcpy(&made, x - HEADER_FLOATS, sizeof(made));
+  if (made.unit > 0.0) return add_planes(made, codes, t.groups, reinterpret_cast<const uint8_t*>(x), sums);
 #endif
-  for (int part = 0; part < 16; part += LANES) {
+  for (int row = 0; row < TERNARY_ROWS; row += LANES) {
     vf total = vf{};
     for (int64_t g0 = 0; g0 < t.groups; g0 += FLUSH) {
       const int64_t stop = g0 + FLUSH < t.groups ? g0 + FLUSH : t.groups;
       vf some = vf{};
-      for (int64_t g = g0; g < stop; ++g) {
-        const vi z = *reinterpret_cast<const vi_any*>(codes + g * 16 + part);
-        for (int s = 0; s < 16; ++s) some += __builtin_convertvector(((z >> (2 * s)) & 3) - 1, vf) * x[g * 16 + column_of(s)];
-      }
+      for (int64_t g = g0; g < stop; ++g)
+        for (int b = 0; b < 4; ++b) {
+          const vi z = rows_of_bytes(codes + g * TERNARY_BYTES + b * TERNARY_ROWS + row);
+          for (int i = 0; i < 4; ++i) some += trits(z, i) * x[g * 16 + 4 * i + b];
+        }
       total += some;
     }
-    store(sums + part, total);
+    store(sums + row, total);
   }
 }
 #endif
 
-template <int R, int T>
+template <int B, int T>
 static inline int64_t look_up_blocks(const TernaryTask& t, int64_t block, int64_t token) {
-  for (; block + R <= t.blocks; block += R) look_up<R, T>(t, block, token);
+  for (; block + B <= t.blocks; block += B) look_up<B, T>(t, block, token);
   return block;
 }
 
 void ternary_few(const TernaryTask& t) {
   int64_t token = 0;
 #if defined(__AVX512F__)
-  for (; token + 4 <= t.tokens; token += 4) look_up_blocks<1, 4>(t, look_up_blocks<2, 4>(t, 0, token), token);
-  for (; token + 2 <= t.tokens; token += 2) look_up_blocks<1, 2>(t, look_up_blocks<4, 2>(t, 0, token), token);
-  for (; token < t.tokens; ++token)
-    look_up_blocks<1, 1>(t, look_up_blocks<2, 1>(t, look_up_blocks<8, 1>(t, 0, token), token), token);
+  for (; token + 4 <= t.tokens; token += 4) look_up_blocks<1, 4>(t, 0, token);
+  for (; token + 2 <= t.tokens; token += 2) look_up_blocks<1, 2>(t, look_up_blocks<2, 2>(t, 0, token), token);
+  for (; token < t.tokens; ++token) look_up_blocks<1, 1>(t, look_up_blocks<4, 1>(t, 0, token), token);
 #else
   for (; token < t.tokens; ++token) look_up_blocks<1, 1>(t, 0, token);
 #endif
@@ -200,9 +207,16 @@ static inline __m512i dot_bytes(__m512i acc, __m512i codes, __m512i x) {
 #endif
 }
 
-template <int R, int T>
+static inline int32_t four(const int8_t* q) {
+  int32_t word;
+  memcpy(&word, q, 4);
+  return word;
+}
+
+template <int B, int T>
 static inline void bytes(const TernaryTask& t, int64_t block, int64_t token) {
-  const int32_t* codes = t.codes + block * t.groups * 16;
+  constexpr int R = 2 * B;
+  const uint8_t* codes = code_bytes(t, block);
   const int8_t* x = static_cast<const int8_t*>(t.x) + token * t.x_stride;
   const __m512i low = _mm512_set1_epi32(0x03030303);
   __m512i acc[T][R];
@@ -210,11 +224,7 @@ static inline void bytes(const TernaryTask& t, int64_t block, int64_t token) {
     for (int r = 0; r < R; ++r) acc[i][r] = _mm512_set1_epi32(-total_of(x + i * t.x_stride, t.groups * 16));
   for (int64_t g = 0; g < t.groups; ++g) {
     __m512i z[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      z[r] = _mm512_loadu_si512(codes + (r * t.groups + g) * 16);
-      _mm_prefetch(ahead<R>(codes, t.groups, r, g), _MM_HINT_T0);
-    }
+    read_words<B>(codes, t.groups, g, z);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
 #pragma GCC unroll 4
@@ -225,50 +235,91 @@ static inline void bytes(const TernaryTask& t, int64_t block, int64_t token) {
       }
     }
   }
-  int32_t* sums = static_cast<int32_t*>(t.sums) + token * t.stride + block * 16;
+  int32_t* sums = static_cast<int32_t*>(t.sums) + token * t.stride + block * TERNARY_ROWS;
   for (int i = 0; i < T; ++i)
     for (int r = 0; r < R; ++r) _mm512_storeu_si512(sums + i * t.stride + r * 16, acc[i][r]);
 }
 #elif defined(__AVX2__)
-template <int R, int T>
+// Two columns' bytes of a row lie side by side where two vectors of rows are interleaved, as products of bytes want them.
+template <int B, int T>
 static inline void bytes(const TernaryTask& t, int64_t block, int64_t token) {
-  static_assert(R == 1, "one block at a time");
+  static_assert(B == 1, "one block at a time");
+  constexpr int GROUPS = 8;  // of 8 sums of two codes up to 2 times bytes: so many fit 16 bits
+  const uint8_t* codes = code_bytes(t, block);
   const int8_t* x = static_cast<const int8_t*>(t.x) + token * t.x_stride;
-  int32_t whole[T][16], *sums = static_cast<int32_t*>(t.sums) + token * t.stride + block * 16;
-  multiply_bytes<T>(t.codes + block * t.groups * 16, t.groups, x, 16, 4, t.x_stride, whole);
+  const __m256i low = _mm256_set1_epi8(3);
+  int32_t* sums = static_cast<int32_t*>(t.sums) + token * t.stride + block * TERNARY_ROWS;
   for (int i = 0; i < T; ++i) {
     const int32_t total = total_of(x + i * t.x_stride, t.groups * 16);
-    for (int r = 0; r < 16; ++r) sums[i * t.stride + r] = whole[i][r] - total;
+    for (int r = 0; r < TERNARY_ROWS; ++r) sums[i * t.stride + r] = -total;
+  }
+  for (int64_t g0 = 0; g0 < t.groups; g0 += GROUPS) {
+    const int64_t stop = g0 + GROUPS < t.groups ? g0 + GROUPS : t.groups;
+    __m256i part[T][2];  // rows 0 to 7 and 16 to 23, rows 8 to 15 and 24 to 31
+#pragma GCC unroll 4
+    for (int k = 0; k < T; ++k) part[k][0] = part[k][1] = _mm256_setzero_si256();
+    for (int64_t g = g0; g < stop; ++g) {
+      const uint8_t* here = codes + g * TERNARY_BYTES;
+      _mm_prefetch(reinterpret_cast<const char*>(here + 2048), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(here + 2112), _MM_HINT_T0);
+#pragma GCC unroll 2
+      for (int b = 0; b < 4; b += 2) {
+        const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(here + b * TERNARY_ROWS));
+        const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(here + (b + 1) * TERNARY_ROWS));
+        const __m256i z0 = _mm256_unpacklo_epi8(first, second), z1 = _mm256_unpackhi_epi8(first, second);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const __m256i c0 = _mm256_and_si256(i ? _mm256_srli_epi16(z0, 2 * i) : z0, low);
+          const __m256i c1 = _mm256_and_si256(i ? _mm256_srli_epi16(z1, 2 * i) : z1, low);
+#pragma GCC unroll 4
+          for (int k = 0; k < T; ++k) {
+            int16_t two;
+            memcpy(&two, x + k * t.x_stride + g * 16 + 4 * i + b, 2);
+            const __m256i y = _mm256_set1_epi16(two);
+            part[k][0] = _mm256_add_epi16(part[k][0], _mm256_maddubs_epi16(c0, y));
+            part[k][1] = _mm256_add_epi16(part[k][1], _mm256_maddubs_epi16(c1, y));
+            asm("" : "+x"(part[k][0]), "+x"(part[k][1]));  // added one after the other: as a tree they would not fit the registers
+          }
+        }
+      }
+    }
+    for (int k = 0; k < T; ++k)
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        const __m256i half = part[k][quarter & 1];
+        const __m128i rows = quarter < 2 ? _mm256_castsi256_si128(half) : _mm256_extracti128_si256(half, 1);
+        __m256i* to = reinterpret_cast<__m256i*>(sums + k * t.stride + 8 * quarter);
+        _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), _mm256_cvtepi16_epi32(rows)));
+      }
   }
 }
 #else
-template <int R, int T>
+template <int B, int T>
 static inline void bytes(const TernaryTask& t, int64_t block, int64_t token) {
-  static_assert(R == 1 && T == 1, "one block at a time");
-  const int32_t* codes = t.codes + block * t.groups * 16;
+  static_assert(B == 1 && T == 1, "one block at a time");
+  const uint8_t* codes = code_bytes(t, block);
   const int8_t* x = static_cast<const int8_t*>(t.x) + token * t.x_stride;
-  int32_t* sums = static_cast<int32_t*>(t.sums) + token * t.stride + block * 16;
-  int32_t acc[16] = {};
-  for (int64_t g = 0; g < t.groups; ++g)
-    for (int s = 0; s < 16; ++s) {
-      const int32_t y = x[g * 16 + column_of(s)];
-      for (int r = 0; r < 16; ++r) acc[r] += ((int32_t)((uint32_t)codes[g * 16 + r] >> (2 * s) & 3u) - 1) * y;
+  int32_t* sums = static_cast<int32_t*>(t.sums) + token * t.stride + block * TERNARY_ROWS;
+  int32_t acc[TERNARY_ROWS] = {};
+  for (int64_t c = 0; c < t.groups * 4; ++c, codes += TERNARY_ROWS)
+    for (int i = 0; i < 4; ++i) {
+      const int32_t y = x[c / 4 * 16 + 4 * i + c % 4];
+      for (int r = 0; r < TERNARY_ROWS; ++r) acc[r] += ((codes[r] >> (2 * i) & 3) - 1) * y;
     }
   memcpy(sums, acc, sizeof(acc));
 }
 #endif
 
-template <int R, int T>
+template <int B, int T>
 static inline int64_t bytes_blocks(const TernaryTask& t, int64_t block, int64_t token) {
-  for (; block + R <= t.blocks; block += R) bytes<R, T>(t, block, token);
+  for (; block + B <= t.blocks; block += B) bytes<B, T>(t, block, token);
   return block;
 }
 
 void ternary_few_int8(const TernaryTask& t) {
   int64_t token = 0;
 #if defined(__AVX512BW__)
-  for (; token + 4 <= t.tokens; token += 4) bytes_blocks<1, 4>(t, bytes_blocks<2, 4>(t, 0, token), token);
-  for (; token < t.tokens; ++token) bytes_blocks<1, 1>(t, bytes_blocks<8, 1>(t, 0, token), token);
+  for (; token + 4 <= t.tokens; token += 4) bytes_blocks<1, 4>(t, 0, token);
+  for (; token < t.tokens; ++token) bytes_blocks<1, 1>(t, bytes_blocks<4, 1>(t, 0, token), token);
 #elif defined(__AVX2__)
   for (; token + 4 <= t.tokens; token += 4) bytes_blocks<1, 4>(t, 0, token);
   for (; token < t.tokens; ++token) bytes_blocks<1, 1>(t, 0, token);

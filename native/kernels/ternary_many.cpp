@@ -14,9 +14,9 @@ namespace SIEVE_LEVEL {
 
 bool ternary_tiles() { return true; }
 int64_t ternary_few_tokens() { return 4; }
-int64_t ternary_many_blocks() { return 16; }
+int64_t ternary_many_blocks() { return 8; }
 
-constexpr int STEPS = 16;  // tiles of decoded weights, a row block: two blocks stay in the first cache, all of them in the second
+constexpr int STEPS = 16;  // tiles of decoded weights, of 16 rows: those of a row block stay in the first cache, all of them in the second
 
 int64_t ternary_scratch_floats() { return 16 * STEPS * 256; }
 
@@ -55,8 +55,15 @@ void ternary_split(const float* x, int64_t stride, int64_t rows, int64_t groups,
     }
 }
 
-// Steps first..first+n-1 of one row block as tiles of weights
-static inline void decode_bf16(const int32_t* codes, int64_t groups, int64_t first, int64_t n, uint16_t* out) {
+static inline void words_or_zeros(const uint8_t* codes, int64_t groups, int64_t g, __m512i z[2]) {
+  if (g < groups)
+    row_words(codes + g * TERNARY_BYTES, z);
+  else
+    z[0] = z[1] = _mm512_set1_epi32((int)ZEROS);
+}
+
+// Steps first..first+n-1 of one row block as tiles of weights, STEPS of its first 16 rows and then those of the others
+static inline void decode_bf16(const uint8_t* codes, int64_t groups, int64_t first, int64_t n, uint16_t* out) {
   // bf16 -1, 0, 1, 2 in pairs, the first code in the lower half
   const uint32_t f[4] = {0xbf80u, 0x0000u, 0x3f80u, 0x4000u};
   alignas(64) uint32_t pairs[16];
@@ -64,74 +71,87 @@ static inline void decode_bf16(const int32_t* codes, int64_t groups, int64_t fir
   const __m512i table = _mm512_load_si512(pairs);
   for (int64_t s = 0; s < n; ++s)
     for (int half = 0; half < 2; ++half) {
-      const int64_t g = 2 * (first + s) + half;
-      __m512i z = g < groups ? _mm512_loadu_si512(codes + g * 16) : _mm512_set1_epi32((int)ZEROS);
-      uint16_t* to = out + s * 512 + half * 256;
+      __m512i z[2];
+      words_or_zeros(codes, groups, 2 * (first + s) + half, z);
+      for (int r = 0; r < 2; ++r) {
+        uint16_t* to = out + (r * STEPS + s) * 512 + half * 256;
 #pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j) {
-        _mm512_storeu_si512(to + j * 32, _mm512_permutexvar_epi32(z, table));
-        z = _mm512_srli_epi32(z, 4);
+        for (int j = 0; j < 8; ++j) {
+          _mm512_storeu_si512(to + j * 32, _mm512_permutexvar_epi32(z[r], table));
+          z[r] = _mm512_srli_epi32(z[r], 4);
+        }
       }
     }
 }
 
-static inline void decode_int8(const int32_t* codes, int64_t groups, int64_t first, int64_t n, int8_t* out) {
+static inline void decode_int8(const uint8_t* codes, int64_t groups, int64_t first, int64_t n, int8_t* out) {
   const __m512i low = _mm512_set1_epi32(0x03030303), one = _mm512_set1_epi8(1);
   for (int64_t s = 0; s < n; ++s)
     for (int quarter = 0; quarter < 4; ++quarter) {
-      const int64_t g = 4 * (first + s) + quarter;
-      const __m512i z = g < groups ? _mm512_loadu_si512(codes + g * 16) : _mm512_set1_epi32((int)ZEROS);
+      __m512i z[2];
+      words_or_zeros(codes, groups, 4 * (first + s) + quarter, z);
+      for (int r = 0; r < 2; ++r)
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i)
-        _mm512_storeu_si512(out + s * 1024 + quarter * 256 + i * 64,
-                            _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi32(z, 2 * i), low), one));
+        for (int i = 0; i < 4; ++i)
+          _mm512_storeu_si512(out + (r * STEPS + s) * 1024 + quarter * 256 + i * 64,
+                              _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi32(z[r], 2 * i), low), one));
     }
 }
 
-// sums [16 or 32 tokens][16 or 32 rows] += tiles of activations times tiles of weights; all tiles are 1024 bytes
-template <int Rows, int Cols, bool Integer>
-static inline void multiply(const char* x, int64_t x_block, int64_t parts, const char* w, int64_t w_block, int64_t steps, void* sums,
-                            int64_t stride, bool begin) {
+// sums [16 or 32 tokens][32 rows] += tiles of activations times tiles of weights; all tiles are 1024 bytes
+template <int Rows, bool Integer>
+static inline void multiply(const char* x, int64_t x_block, int64_t parts, const char* w, int64_t steps, void* sums, int64_t stride, bool begin) {
   char* c = static_cast<char*>(sums);
   if (begin) {
     _tile_zero(0);
-    if constexpr (Cols > 1) _tile_zero(1);
-    if constexpr (Rows > 1) _tile_zero(2);
-    if constexpr (Rows > 1 && Cols > 1) _tile_zero(3);
+    _tile_zero(1);
+    if constexpr (Rows > 1) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
   } else {
     _tile_loadd(0, c, stride);
-    if constexpr (Cols > 1) _tile_loadd(1, c + 64, stride);
-    if constexpr (Rows > 1) _tile_loadd(2, c + 16 * stride, stride);
-    if constexpr (Rows > 1 && Cols > 1) _tile_loadd(3, c + 16 * stride + 64, stride);
+    _tile_loadd(1, c + 64, stride);
+    if constexpr (Rows > 1) {
+      _tile_loadd(2, c + 16 * stride, stride);
+      _tile_loadd(3, c + 16 * stride + 64, stride);
+    }
   }
   for (int64_t s = 0; s < steps; ++s) {
     _tile_loadd(6, w + s * 1024, 64);
-    if constexpr (Cols > 1) _tile_loadd(7, w + w_block + s * 1024, 64);
+    _tile_loadd(7, w + (STEPS + s) * 1024, 64);
     for (int64_t p = 0; p < parts; ++p) {
       _tile_loadd(4, x + (s * parts + p) * 1024, 64);
       if constexpr (Rows > 1) _tile_loadd(5, x + x_block + (s * parts + p) * 1024, 64);
       if constexpr (Integer) {
         _tile_dpbssd(0, 4, 6);
-        if constexpr (Cols > 1) _tile_dpbssd(1, 4, 7);
-        if constexpr (Rows > 1) _tile_dpbssd(2, 5, 6);
-        if constexpr (Rows > 1 && Cols > 1) _tile_dpbssd(3, 5, 7);
+        _tile_dpbssd(1, 4, 7);
+        if constexpr (Rows > 1) {
+          _tile_dpbssd(2, 5, 6);
+          _tile_dpbssd(3, 5, 7);
+        }
       } else {
         _tile_dpbf16ps(0, 4, 6);
-        if constexpr (Cols > 1) _tile_dpbf16ps(1, 4, 7);
-        if constexpr (Rows > 1) _tile_dpbf16ps(2, 5, 6);
-        if constexpr (Rows > 1 && Cols > 1) _tile_dpbf16ps(3, 5, 7);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (Rows > 1) {
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
       }
     }
   }
   _tile_stored(0, c, stride);
-  if constexpr (Cols > 1) _tile_stored(1, c + 64, stride);
-  if constexpr (Rows > 1) _tile_stored(2, c + 16 * stride, stride);
-  if constexpr (Rows > 1 && Cols > 1) _tile_stored(3, c + 16 * stride + 64, stride);
+  _tile_stored(1, c + 64, stride);
+  if constexpr (Rows > 1) {
+    _tile_stored(2, c + 16 * stride, stride);
+    _tile_stored(3, c + 16 * stride + 64, stride);
+  }
 }
 
 template <bool Integer>
 static inline void tiles(const TernaryTask& t) {
   constexpr int GROUPS = Integer ? 4 : 2;
+  constexpr int64_t BLOCK = 2 * STEPS * 1024;  // bytes of a row block's tiles
   const int64_t steps = up(t.groups, GROUPS) / GROUPS, x_block = steps * t.parts * 1024, bytes = t.stride * 4;
   char* w = static_cast<char*>(t.scratch);
   const char* x = static_cast<const char*>(t.x);
@@ -141,19 +161,18 @@ static inline void tiles(const TernaryTask& t) {
     const int64_t n = steps - first < STEPS ? steps - first : STEPS;
     for (int64_t b = 0; b < t.blocks; ++b) {
       if constexpr (Integer)
-        decode_int8(t.codes + b * t.groups * 16, t.groups, first, n, reinterpret_cast<int8_t*>(w) + b * STEPS * 1024);
+        decode_int8(code_bytes(t, b), t.groups, first, n, reinterpret_cast<int8_t*>(w + b * BLOCK));
       else
-        decode_bf16(t.codes + b * t.groups * 16, t.groups, first, n, reinterpret_cast<uint16_t*>(w) + b * STEPS * 512);
+        decode_bf16(code_bytes(t, b), t.groups, first, n, reinterpret_cast<uint16_t*>(w + b * BLOCK));
     }
-    for (int64_t b = 0; b < t.blocks; b += 2)
+    for (int64_t b = 0; b < t.blocks; ++b)
       for (int64_t token = 0; token < t.tokens; token += 32) {
-        const char *from = x + token / 16 * x_block + first * t.parts * 1024, *weights = w + b * STEPS * 1024;
-        void* to = sums + token * bytes + b * 64;
-        const bool tall = token + 16 < t.tokens, wide = b + 1 < t.blocks;
-        if (tall && wide) multiply<2, 2, Integer>(from, x_block, t.parts, weights, STEPS * 1024, n, to, bytes, first == 0);
-        if (tall && !wide) multiply<2, 1, Integer>(from, x_block, t.parts, weights, STEPS * 1024, n, to, bytes, first == 0);
-        if (!tall && wide) multiply<1, 2, Integer>(from, x_block, t.parts, weights, STEPS * 1024, n, to, bytes, first == 0);
-        if (!tall && !wide) multiply<1, 1, Integer>(from, x_block, t.parts, weights, STEPS * 1024, n, to, bytes, first == 0);
+        const char* from = x + token / 16 * x_block + first * t.parts * 1024;
+        void* to = sums + token * bytes + b * TERNARY_ROWS * 4;
+        if (token + 16 < t.tokens)
+          multiply<2, Integer>(from, x_block, t.parts, w + b * BLOCK, n, to, bytes, first == 0);
+        else
+          multiply<1, Integer>(from, x_block, t.parts, w + b * BLOCK, n, to, bytes, first == 0);
       }
   }
   _tile_release();
@@ -166,7 +185,7 @@ void ternary_many_int8(const TernaryTask& t) { tiles<true>(t); }
 
 bool ternary_tiles() { return false; }
 int64_t ternary_few_tokens() { return 4; }
-int64_t ternary_many_blocks() { return 4; }
+int64_t ternary_many_blocks() { return 2; }
 
 constexpr int CHUNK_GROUPS = 16;  // groups of columns whose decoded weights stay in the cache
 
@@ -174,26 +193,29 @@ int64_t ternary_scratch_floats() { return (CHUNK_GROUPS * 16 + TERNARY_TOKENS) *
 void ternary_split(const float*, int64_t, int64_t, int64_t, int64_t, uint16_t*) {}
 void ternary_many_int8(const TernaryTask&) {}
 
-// One word of codes of 16 rows as 16 lines of 16 floats, `line` floats apart, in the order of columns
-static inline void decode(const int32_t* codes, float* out, int64_t line) {
+// One group of a row block as 16 lines of 32 floats, `line` floats apart, in the order of columns
+static inline void decode(const uint8_t* codes, float* out, int64_t line) {
 #if defined(__AVX512F__)
   const __m512 table = _mm512_set_ps(2, 1, 0, -1, 2, 1, 0, -1, 2, 1, 0, -1, 2, 1, 0, -1);
-  __m512i z = _mm512_loadu_si512(codes);
+  __m512i z[2];
+  row_words(codes, z);
+  for (int r = 0; r < 2; ++r)
 #pragma GCC unroll 16
-  for (int s = 0; s < 16; ++s) {
-    _mm512_storeu_ps(out + column_of(s) * line, _mm512_permutexvar_ps(z, table));
-    z = _mm512_srli_epi32(z, 2);
-  }
+    for (int s = 0; s < 16; ++s) {
+      _mm512_storeu_ps(out + column_of(s) * line + 16 * r, _mm512_permutexvar_ps(z[r], table));
+      z[r] = _mm512_srli_epi32(z[r], 2);
+    }
 #else
-  for (int part = 0; part < 16; part += LANES) {
-    const vi z = *reinterpret_cast<const vi_any*>(codes + part);
-    for (int s = 0; s < 16; ++s) store(out + column_of(s) * line + part, __builtin_convertvector(((z >> (2 * s)) & 3) - 1, vf));
-  }
+  for (int b = 0; b < 4; ++b)
+    for (int row = 0; row < TERNARY_ROWS; row += LANES) {
+      const vi z = rows_of_bytes(codes + b * TERNARY_ROWS + row);
+      for (int i = 0; i < 4; ++i) store(out + (4 * i + b) * line + row, trits(z, i));
+    }
 #endif
 }
 
 void ternary_many(const TernaryTask& t) {
-  const int64_t wide = t.blocks * 16;
+  const int64_t wide = t.blocks * TERNARY_ROWS;
   const float* x = static_cast<const float*>(t.x);
   float *w = static_cast<float*>(t.scratch), *part = w + CHUNK_GROUPS * 16 * wide, *sums = static_cast<float*>(t.sums);
   for (int64_t i = 0; i < t.tokens; ++i) memset(sums + i * t.stride, 0, sizeof(float) * wide);
@@ -204,7 +226,7 @@ void ternary_many(const TernaryTask& t) {
     const float* row[CHUNK_GROUPS * 16];
     for (int64_t i = 0; i < n * 16; ++i) row[i] = w + i * wide;
     for (int64_t b = 0; b < t.blocks; ++b)
-      for (int64_t g = 0; g < n; ++g) decode(t.codes + (b * t.groups + first + g) * 16, w + g * 16 * wide + b * 16, wide);
+      for (int64_t g = 0; g < n; ++g) decode(code_bytes(t, b) + (first + g) * TERNARY_BYTES, w + g * 16 * wide + b * TERNARY_ROWS, wide);
     times_rows(x + first * 16, t.x_stride, 1, (int)t.tokens, (int)(n * 16), row, (int)wide, part, wide);
     for (int64_t i = 0; i < t.tokens; ++i)
       for (int64_t c = 0; c < wide; c += LANES)

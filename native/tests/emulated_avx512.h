@@ -201,6 +201,12 @@ inline V permute(__m512i order, V a) {
   for (int i = 0; i < 16; ++i) y[i] = x[at[i] & 15];
   return bits_of<V>(y);
 }
+inline __m512i permute_two(__m512i a, __m512i order, __m512i b) {
+  const Lanes<uint32_t> at = lanes<uint32_t>(order), x = lanes<uint32_t>(a), z = lanes<uint32_t>(b);
+  Lanes<uint32_t> y;
+  for (int i = 0; i < 16; ++i) y[i] = at[i] & 16 ? z[at[i] & 15] : x[at[i] & 15];
+  return bits_of<__m512i>(y);
+}
 inline __m256 half_of(__m512 a, int which) { return which ? halves<__m256>(a).high : halves<__m256>(a).low; }
 
 // Reductions, in the order of GCC's own

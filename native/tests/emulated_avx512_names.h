@@ -50,6 +50,7 @@
 #undef _mm512_movm_epi32
 #undef _mm512_mul_ps
 #undef _mm512_or_si512
+#undef _mm512_permutex2var_epi32
 #undef _mm512_permutexvar_epi32
 #undef _mm512_permutexvar_ps
 #undef _mm512_reduce_add_ps
@@ -145,6 +146,7 @@
 #define _mm512_movm_epi32 emulated_512::movm_epi32
 #define _mm512_mul_ps emulated_512::mul_ps
 #define _mm512_or_si512 emulated_512::or_si512
+#define _mm512_permutex2var_epi32 emulated_512::permute_two
 #define _mm512_permutexvar_epi32(order, a) emulated_512::permute<__m512i>(order, a)
 #define _mm512_permutexvar_ps(order, a) emulated_512::permute<__m512>(order, a)
 #define _mm512_reduce_add_ps emulated_512::reduce_add_ps

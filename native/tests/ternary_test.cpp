@@ -18,21 +18,21 @@ struct Matrix {
   Guarded codes, alpha;
   Matrix(Random& random, int64_t r, int64_t c)
       : rows(r), columns(c), groups((c + 15) / 16), alphas(random.chance(0.5) ? r : 1), trits(r * c),
-        codes((r + 15) / 16 * groups * 64, random.chance(0.5)), alpha(alphas * 4, random.chance(0.5)) {
-    uint32_t* word = reinterpret_cast<uint32_t*>(codes.data());
-    for (int64_t i = 0; i < (r + 15) / 16 * groups * 16; ++i) word[i] = 0x55555555u;
+        codes((r + 31) / 32 * groups * 128, random.chance(0.5)), alpha(alphas * 4, random.chance(0.5)) {
+    uint8_t* byte = reinterpret_cast<uint8_t*>(codes.data());
+    std::memset(byte, 0x55, (r + 31) / 32 * groups * 128);
     for (int64_t i = 0; i < r; ++i)
       for (int64_t j = 0; j < c; ++j) {
         const int trit = trits[i * c + j] = static_cast<int>(random.below(3)) - 1;
-        const int64_t shift = 8 * (j % 4) + 2 * (j % 16 / 4);
-        uint32_t& w = word[(i / 16 * groups + j / 16) * 16 + i % 16];
-        w = (w & ~(3u << shift)) | static_cast<uint32_t>(trit + 1) << shift;
+        const int64_t shift = 2 * (j % 16 / 4);
+        uint8_t& w = byte[((i / 32 * groups + j / 16) * 4 + j % 4) * 32 + i % 32];
+        w = static_cast<uint8_t>((w & ~(3 << shift)) | (trit + 1) << shift);
       }
     for (int64_t i = 0; i < alphas; ++i) reinterpret_cast<float*>(alpha.data())[i] = static_cast<float>(0.5 + random.uniform());
   }
   double scale(int64_t row) const { return reinterpret_cast<const float*>(alpha.data())[alphas > 1 ? row : 0]; }
   TernaryWeights weights() const {
-    const int32_t* c = reinterpret_cast<const int32_t*>(codes.data());
+    const uint8_t* c = reinterpret_cast<const uint8_t*>(codes.data());
     return {c, rows, columns, reinterpret_cast<const float*>(alpha.data()), alphas > 1, ternary_fewest(c, rows, columns)};
   }
 };

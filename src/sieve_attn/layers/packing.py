@@ -1,7 +1,8 @@
 """Ternary weights as bits: two a weight in the order that kernels read, or five to a byte in base 3.
 
-Two bits: ``codes [row blocks, column groups, 16]`` int32. Word ``[r, g, i]`` holds the 16 columns ``16 g ..`` of row ``16 r + i``
-as trit + 1; column ``4 i + b`` of the group sits at bit ``8 b + 2 i``. Rows and columns beyond the matrix hold zeros.
+Two bits: ``codes [row blocks, column groups, 32]`` int32, in memory bytes ``[.., .., 4, 32]`` of four columns each. Byte
+``[r, g, b, i]`` holds columns ``16 g + 4 j + b`` of row ``32 r + i`` as trit + 1, at bits ``2 j``. Rows and columns beyond the
+matrix hold zeros.
 Base 3: ``codes [ceil(rows * columns / 5)]`` uint8 over the matrix row by row, ``sum_n (trit_n + 1) 3^n``.
 """
 
@@ -14,11 +15,7 @@ from sieve_attn import checks
 
 FORMS = ("2-bit", "base-3")
 POWERS = (1, 3, 9, 27, 81)
-
-
-def _shifts(device: torch.device) -> Tensor:
-    column = torch.arange(16, device=device)
-    return 8 * (column % 4) + 2 * (column // 4)
+ROWS, COLUMNS = 32, 16  # of a block and a group
 
 
 def _check_form(form: str) -> None:
@@ -43,10 +40,11 @@ def pack(trits: Tensor, form: str = "2-bit") -> Tensor:
     if form == "base-3":
         flat = torch.nn.functional.pad(codes.flatten(), (0, -(rows * columns) % 5)).reshape(-1, 5)
         return (flat * torch.tensor(POWERS, device=trits.device)).sum(-1).to(torch.uint8)
-    codes = torch.nn.functional.pad(codes, (0, -columns % 16, 0, -rows % 16), value=1)
-    words = codes.reshape(codes.shape[0] // 16, 16, -1, 16) << _shifts(trits.device)
-    words = words.sum(-1).transpose(1, 2)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()
+    codes = torch.nn.functional.pad(codes, (0, -columns % COLUMNS, 0, -rows % ROWS), value=1)
+    blocks, groups = codes.shape[0] // ROWS, codes.shape[1] // COLUMNS
+    part = codes.reshape(blocks, ROWS, groups, 4, 4).permute(0, 2, 4, 1, 3)  # [blocks, groups, b, rows, j]
+    bytes_ = (part << _shifts(trits.device)).sum(-1).to(torch.uint8)
+    return bytes_.reshape(blocks, groups, 4 * ROWS).view(torch.int32)
 
 
 def unpack(codes: Tensor, rows: int, columns: int) -> Tensor:
@@ -54,14 +52,19 @@ def unpack(codes: Tensor, rows: int, columns: int) -> Tensor:
     if codes.dtype == torch.uint8:
         digits = codes.to(torch.int16)[:, None] // torch.tensor(POWERS, dtype=torch.int16, device=codes.device) % 3
         return (digits.flatten()[: rows * columns].reshape(rows, columns) - 1).to(torch.int8)
-    codes = (codes.transpose(1, 2)[..., None] >> _shifts(codes.device).to(torch.int32)) & 3
-    trits = codes.to(torch.int8).reshape(codes.shape[0] * 16, -1) - 1
+    blocks, groups, _ = codes.shape
+    part = codes.contiguous().view(torch.uint8).reshape(blocks, groups, 4, ROWS, 1) >> _shifts(codes.device) & 3
+    trits = part.permute(0, 3, 1, 4, 2).reshape(blocks * ROWS, groups * COLUMNS).to(torch.int8) - 1
     return trits[:rows, :columns].contiguous()
+
+
+def _shifts(device: torch.device) -> Tensor:
+    return torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=device)
 
 
 def describe(rows: int, columns: int, form: str) -> tuple[tuple[int, ...], int, torch.dtype]:
     """``(shape, the code of zeros, dtype)`` of a packed matrix."""
     _check_form(form)
     if form == "2-bit":
-        return (-(-rows // 16), -(-columns // 16), 16), 0x55555555, torch.int32
+        return (-(-rows // ROWS), -(-columns // COLUMNS), ROWS), 0x55555555, torch.int32
     return (-(-rows * columns // 5),), sum(POWERS), torch.uint8

@@ -189,10 +189,14 @@ class PackedTernaryLinear(nn.Module):
         return self.trits().float() * self.alpha[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_width(x, self.in_features, self.out_features)
-        (x,) = torch_ops.autocast(x)
+        # a step of decoding streams weights through the caches: what Python touches here comes from memory, so it is little
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+            _check_width(x, self.in_features, self.out_features)
+        if torch._C._is_any_autocast_enabled():
+            (x,) = torch_ops.autocast(x)
         x = x if self.rotation is None else self.rotation(x)
-        return ternary_linear(x, self.codes, self.alpha, self.out_features, self.int8_activations)
+        held = self._buffers
+        return ternary_linear(x, held["codes"], held["alpha"], self.out_features, self.int8_activations)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, form={self.form!r}, int8_activations={self.int8_activations}"

@@ -2,44 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter, functional
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from sieve_attn import native
+from sieve_attn import checks, native
 from sieve_attn.arrays import torch_ops
 from sieve_attn.attend.torch_op import _modes, _transforms, refuse_tangents
 from sieve_attn.layers import packing
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_EXPANDED = WeakTensorKeyDictionary()  # codes in base 3 -> (their version, the same in two bits)
-_FEWEST = WeakTensorKeyDictionary()  # codes in two bits -> (their version, trits that are not zero in the row that has fewest)
 
 
-def two_bits(codes: Tensor, rows: int, columns: int) -> Tensor:
-    """``codes`` as kernels read them. Those in base 3 are expanded once, and again when something was written into them."""
-    if codes.dtype != torch.uint8:
-        return codes
-    if codes.is_inference():  # nobody counts what is written into these
-        return packing.pack(packing.unpack(codes, rows, columns))
-    known = _EXPANDED.get(codes)
-    if known is None or known[0] != codes._version:
-        known = _EXPANDED[codes] = (codes._version, packing.pack(packing.unpack(codes, rows, columns)))
-    return known[1]
+class Seen(NamedTuple):
+    """What kernels were given for codes and scales: good for as long as those are what they were."""
+
+    codes: ref[Tensor]
+    alpha: ref[Tensor]
+    version: int
+    start: int
+    alpha_start: int
+    matrix: Any
 
 
-def fewest(codes: Tensor, rows: int, columns: int) -> int:
-    """Trits that are not zero in the row of two-bit ``codes`` that has fewest, counted once; 0 where changes go unseen."""
-    if codes.is_inference():
-        return 0
-    known = _FEWEST.get(codes)
-    if known is None or known[0] != codes._version:
-        count = native.module().ternary_fewest(native.view(codes), rows, columns)
-        known = _FEWEST[codes] = (codes._version, count)
-    return known[1]
+_SEEN: dict[int, Seen] = {}  # by the identity of codes
+
+
+def matrix_of(codes: Tensor, alpha: Tensor, rows: int, columns: int) -> Any:
+    """``codes`` and ``alpha`` as kernels read them, or None without kernels. Raises ValueError for those of another matrix.
+
+    Made once, and again when something was written into codes; those in base 3 are expanded for it. ``fewest`` is the number of
+    trits that are not zero in the row that has fewest, or 0 where changes of codes go unseen.
+    """
+    known = _SEEN.get(id(codes))
+    same = known is not None and known.codes() is codes and known.alpha() is alpha and known.version == codes._version
+    if same and known.start == codes.data_ptr() and known.alpha_start == alpha.data_ptr():
+        return known.matrix
+    return _see(codes, alpha, rows, columns)
+
+
+def _see(codes: Tensor, alpha: Tensor, rows: int, columns: int) -> Any:
+    if native.missing():
+        return None
+    words = codes if codes.dtype != torch.uint8 else packing.pack(packing.unpack(codes, rows, columns))
+    shape = packing.describe(rows, columns, "2-bit")[0]
+    good = words.shape == shape and words.dtype == torch.int32 and words.is_contiguous() and alpha.is_contiguous()
+    if not good or alpha.dtype != torch.float32 or alpha.numel() not in (1, rows):
+        rule = f"must be contiguous int32 of shape {shape}, with fp32 alpha [1] or [{rows}], for weights [{rows}, {columns}]"
+        raise checks.error("codes", rule, f"{words.dtype} of shape {tuple(words.shape)}", "pack the trits with packing.pack")
+    matrix = native.module().TernaryWeights(native.view(words), native.view(alpha), rows, columns, not codes.is_inference())
+    if words is not codes:
+        matrix.words = words  # lives as long
+    if not codes.is_inference():
+        key = id(codes)
+        held = ref(codes, lambda _: _SEEN.pop(key, None))
+        _SEEN[key] = Seen(held, ref(alpha), codes._version, codes.data_ptr(), alpha.data_ptr(), matrix)
+    return matrix
 
 
 def weight_of(codes: Tensor, alpha: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -64,17 +86,15 @@ def reference(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool) ->
 
 
 def _compute(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool) -> Tensor:
-    if not x.is_cpu or x.dtype not in DTYPES or native.missing():
+    matrix = matrix_of(codes, alpha, rows, x.shape[-1]) if x.is_cpu and x.dtype in DTYPES else None
+    if matrix is None:
         return reference(x, codes, alpha, rows, int8)
     *lead, columns = x.shape
     out = torch.empty(*lead, rows, dtype=x.dtype)
     if out.numel():
         # kernels read tokens along one axis
         flat, to = (x, out) if len(lead) < 2 else (x.reshape(-1, columns), out.view(-1, rows))
-        words = two_bits(codes, rows, columns)
-        see, threads = native.view, native.threads(x)
-        trits = fewest(words, rows, columns)
-        native.module().ternary_linear(see(words), see(alpha), rows, columns, trits, see(flat), int8, see(to), threads)
+        matrix.multiply(flat, to, int8, torch.get_num_threads())
     return out
 
 
@@ -107,15 +127,15 @@ ternary_linear_op.register_autograd(_backward, setup_context=_setup)
 
 def ternary_linear(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool = False) -> Tensor:
     """The operator, passed by where nobody needs to see it: it costs as much as a small layer."""
-    refuse_tangents(x, argument="x", why="packed weights differentiate in reverse mode only")
     if watched(x):
+        refuse_tangents(x, argument="x", why="packed weights differentiate in reverse mode only")
         return ternary_linear_op(x, codes, alpha, rows, int8)
     return _compute(x, codes, alpha, rows, int8)
 
 
 def watched(*tensors: Tensor) -> bool:
-    """Whether the compiler, autograd, a transform or a tensor of another kind must see an operator."""
-    if torch.compiler.is_compiling() or _transforms() is not None or _modes() > 0:
+    """Whether the compiler, autograd of either kind, a transform or a tensor of another kind must see an operator."""
+    if torch.compiler.is_compiling() or _transforms() is not None or _modes() > 0 or forward_ad._current_level >= 0:
         return True
     grad = torch.is_grad_enabled()
     return any(type(x) not in (Tensor, Parameter) or (grad and x.requires_grad) for x in tensors)
