@@ -39,11 +39,13 @@ struct Product {
 // Tables of every pair of columns, or what else the level makes of a token, then one pass over the weights.
 void few(const Product& p) {
   const int64_t table = p.k.ternary_table_floats(p.groups), row = BLOCKS * TERNARY_ROWS;
-  Buffer<float> tables(p.tokens * table), x(p.padded());
-  for (int64_t t = 0; t < p.tokens; ++t) {
-    p.read(t, t + 1, x.get());
-    p.k.ternary_tables(x.get(), p.groups, p.w.fewest, tables.get() + t * table);
-  }
+  const int preparing = static_cast<int>(std::min<int64_t>(p.threads, p.tokens));
+  Buffer<float> tables(p.tokens * table), x(preparing * p.padded());
+  parallel_for(p.tokens, preparing, [&](int64_t t, int thread) {
+    float* token = x.get() + thread * p.padded();
+    p.read(t, t + 1, token);
+    p.k.ternary_tables(token, p.groups, p.w.fewest, tables.get() + t * table);
+  });
   Buffer<float> space(p.threads * FEW * row);
   parallel_for((p.blocks + BLOCKS - 1) / BLOCKS, p.threads, [&](int64_t item, int thread) {
     float* sums = space.get() + thread * FEW * row;

@@ -184,7 +184,11 @@ void ternary_many_int8(const TernaryTask& t) { tiles<true>(t); }
 #else
 
 bool ternary_tiles() { return false; }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+int64_t ternary_few_tokens() { return 32; }  // where tables of bytes and decoded weights take as long
+#else
 int64_t ternary_few_tokens() { return 4; }
+#endif
 int64_t ternary_many_blocks() { return 2; }
 
 constexpr int CHUNK_GROUPS = 16;  // groups of columns whose decoded weights stay in the cache
