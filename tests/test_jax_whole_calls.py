@@ -11,7 +11,6 @@ from drawn_calls import Drawn, spread_heads
 from jax_inputs import torch_of
 
 import sieve_attn.jax as sj
-from sieve_attn.jax.pallas import sizes_why_not
 
 BACKENDS = ("native", "gather", "pallas")
 LENGTHS = (1, 2, 16, 33, 65, 90, 130)
@@ -39,13 +38,17 @@ def pairs_kept(call, report):
 def check_call(seed):
     call, draw = Drawn(seed, lengths=LENGTHS), random.Random(~seed)
     backend, room = draw.choice(BACKENDS), draw.choice((None, None, 1, 3))
-    if sizes_why_not(call.policy.query_tile, call.policy.block_size, call.per_query):
-        backend = "native" if backend == "pallas" else backend
     call.where += (backend, room)
     options = {name: given(x) for name, x in call.options.items()}
     options |= {"per_query": call.per_query, "backend": backend, "max_blocks": room}
     arrays = tuple(given(x) for x in call.inputs)
-    out, lse, report = sj.attention(*arrays, call.policy, return_lse=True, return_report=True, **options)
+    try:
+        out, lse, report = sj.attention(*arrays, call.policy, return_lse=True, return_report=True, **options)
+    except ValueError as why:
+        if "cannot run this call: the Pallas kernel" not in str(why):
+            raise
+        options["backend"] = "native"
+        out, lse, report = sj.attention(*arrays, call.policy, return_lse=True, return_report=True, **options)
     out, lse, dropped = torch_of(out.astype(jnp.float32), lse, report.certificate.dropped_mass)
     call.check(out, lse, pairs_kept(call, report), dropped)
     if call.grad:
