@@ -7,11 +7,10 @@ Triton's interpreter is on.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sieve_attn.triton import PLAIN
@@ -47,25 +46,24 @@ def compile_ahead(kernel: Any, arguments: dict[str, Any], warps: int, stages: in
     options, signature, constants, attributes = kernel._pack_args(backend, chosen, bound, specialization, options)
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
     made = triton.compile(source, target=target, options=options.__dict__)
-    report = _assemble(made.asm["ptx"], capability)
-    registers = re.search(r"Used (\d+) registers", report)
-    if registers is None:
-        raise RuntimeError(f"ptxas reported no registers:\n{report}")
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
+    report = _assembled(backend, made.asm["ptx"], options, capability)
+    # spills come function by function: the kernel's own, and those of functions that were not put into it
+    registers, spilled = (
+        [int(n) for n in re.findall(line, report)] for line in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+    )
+    if not (registers and spilled):
+        raise RuntimeError(f"ptxas reported no registers or no spills:\n{report}")
     products = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
-    return Built(int(registers[1]), spilled, made.metadata.shared, any(name in made.asm["ptx"] for name in products))
+    used = any(name in made.asm["ptx"] for name in products)
+    return Built(max(registers), sum(spilled), made.metadata.shared, used)
 
 
-def _assemble(ptx: str, capability: int) -> str:
-    from triton.backends import nvidia
+def _assembled(backend: Any, ptx: str, options: Any, capability: int) -> str:
+    """What ``ptxas`` reports where Triton calls it, with options of Triton's own on which registers and spills depend."""
+    from triton import knobs
 
-    tools = Path(nvidia.__file__).parent / "bin"
-    architecture = re.search(r"\.target (sm_\w+)", ptx)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "kernel.ptx"
-        text.write_text(ptx)
-        command = [tools / ("ptxas-blackwell" if capability >= 100 else "ptxas"), "-v", f"--gpu-name={architecture}", text]
-        done = subprocess.run([*command, "-o", Path(folder) / "kernel"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"ptxas refused the kernel:\n{done.stderr}")
-    return done.stderr
+    report = io.StringIO()
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(report):
+        knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(ptx, {}, options, capability)
+    return report.getvalue()
