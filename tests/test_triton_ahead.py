@@ -71,7 +71,7 @@ def streaming(card, dtype, dim, group, q_len=1):
 
 
 def check(name, launch, card, dim, spilled=0):
-    built = compile_ahead(launch.kernel, launch.arguments, launch.warps, launch.stages, card)
+    built = compile_ahead(launch.kernel, launch.arguments, launch.options, card)
     assert built.fits(card), f"{name}: {built}"
     full = "query" in launch.arguments and launch.arguments["query"].ptr.dtype == torch.float32
     # rows of 256 numbers in full fp32 leave some bytes over, and one number in 16 bits on the oldest card
@@ -92,6 +92,23 @@ def test_decoding_keeps_its_budget():
     few = (torch.bfloat16, 128, 4)
     for name, launch in (*decoding(90, *few, 16), *paged(90, *few), *streaming(90, *few)):
         check(name, launch, 90, 128)
+
+
+@pytest.mark.parametrize(
+    ("card", "dim", "group", "kv_block", "capped", "name", "registers"),
+    [
+        (80, 32, 4, 64, True, "forward", 128),
+        (80, 128, 4, 16, False, "dK and dV", 128),
+        (100, 32, 4, 16, False, "dQ", 128),
+        (100, 32, 1, 64, False, "dK and dV", 168),
+    ],
+)
+def test_named_registers_are_enough(card, dim, group, kv_block, capped, name, registers):
+    """Where the assembler stopped at as many of its own accord, it kept some bytes elsewhere."""
+    dtype = torch.float16 if name == "forward" else torch.bfloat16
+    launch = dict(launches(card, dtype, dim, group, kv_block, softcap=20.0 if capped else None))[name]
+    assert launch.options["maxnreg"] == registers
+    check(name, launch, card, dim)
 
 
 def test_a_budget_can_be_broken():

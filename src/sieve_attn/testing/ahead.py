@@ -13,8 +13,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from sieve_attn.triton import PLAIN
-
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one program may have, by compute capability
 
 
@@ -31,8 +29,8 @@ class Built:
         return self.shared <= SHARED_LIMIT[capability]
 
 
-def compile_ahead(kernel: Any, arguments: dict[str, Any], warps: int, stages: int, capability: int) -> Built:
-    """``kernel`` as it would be launched with ``arguments``, for compute capability ``capability / 10``."""
+def compile_ahead(kernel: Any, arguments: dict[str, Any], chosen: dict[str, Any], capability: int) -> Built:
+    """``kernel`` as launched with ``arguments`` and the options ``chosen``, for compute capability ``capability / 10``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
@@ -40,7 +38,6 @@ def compile_ahead(kernel: Any, arguments: dict[str, Any], warps: int, stages: in
 
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
-    chosen = {"num_warps": warps, "num_stages": stages, **PLAIN}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(**arguments, **chosen)
     options, signature, constants, attributes = kernel._pack_args(backend, chosen, bound, specialization, options)

@@ -144,13 +144,14 @@ def attend_kernel(
         # the few tiles at the border are not worth the registers of a pipeline
         for step in tl.range(cut * split // SPLITS, cut * (split + 1) // SPLITS, num_stages=None if EVERYWHERE else 1):
             found, entry, there = cut_columns(step, a, b, d, whole, index, low_first, high_last, BLOCK_N, KV_BLOCK, LISTED)
-            base, offset = places(found, batch, kv_head, key, table, PAGE_SIZE, WIDE)
-            keys = load_rows(base, offset, there, key.col, DIM, BLOCK_D, True)
-            product = tl.dot(rows, tl.trans(keys), input_precision="ieee")
+            # before the product, beside which what it takes would not fit the registers
             seen = visible(
                 batch, safe_head, row, lane, row_there, low, high, found, start + entry, there, chosen, mask, key_mask,
                 Q_BLOCK, 0, WIDE,
             )  # fmt: skip
+            base, offset = places(found, batch, kv_head, key, table, PAGE_SIZE, WIDE)
+            keys = load_rows(base, offset, there, key.col, DIM, BLOCK_D, True)
+            product = tl.dot(rows, tl.trans(keys), input_precision="ieee")
             if NATURAL:
                 product = capped(product, scale, softcap)
             logit, _seen = biased(product, seen, batch, safe_head, row, found, bias, 0, WIDE)
@@ -219,6 +220,15 @@ def tiling(
     return 64 if width <= 64 or (rows >= 128 and not every_pair) else 32, warps, 3
 
 
+def programs(dtype: torch.dtype, width: int, rows: int, capability: tuple[int, int]) -> int:
+    """How many programs share a multiprocessor's registers, or 0; see :class:`~sieve_attn.attend.triton.launch.Launch`."""
+    if width > 32 or capability >= (9, 0):
+        return 0
+    if dtype == torch.float32:
+        return 5 if rows <= 16 else 0
+    return 2 if rows > 32 else 0
+
+
 def most_rows(dtype: torch.dtype, width: int, capability: tuple[int, int]) -> int:
     """How many rows a program may hold: their output lies in registers."""
     if dtype == torch.float32:
@@ -241,6 +251,7 @@ def launch_forward(
     shared = part is None or part.heads != q_heads or group == 1
     rows, pack = packing(q_block, group, shared, most)
     columns, warps, stages = tiling(call.query.dtype, width, rows * pack, capability, every_pair(call, selection))
+    together = programs(call.query.dtype, width, rows * pack, capability)
     grid = grid_of(selection, q_block, columns)
     mask, bias = over_pairs(call.mask, call), over_pairs(call.bias, call)
     pieces, packs = -(-grid.q_block // rows), kv_heads * -(-group // pack)
@@ -254,7 +265,7 @@ def launch_forward(
         "CAUSAL": bool(call.causal), "RANGES": grid.ranges, "PAGE_SIZE": 0, "SPLITS": 1,
         "WIDE": wide(call, view(call.query), view(out), mask, bias),
     }  # fmt: skip
-    return Launch(attend_kernel, grid.tiles * pieces * packs * batch, arguments, warps, stages)
+    return Launch(attend_kernel, grid.tiles * pieces * packs * batch, arguments, warps, stages, together)
 
 
 def attend(call: Call, selection: Selection, splits: int | None = None) -> tuple[Tensor, Tensor]:

@@ -64,14 +64,14 @@ def tiling(
     old = capability < (9, 0)
     if dtype == torch.float32:
         if width > 64:
-            return 16, 16, 8 if width > 128 or (kernel == "key") == every_pair else 4, 1
-        return 32, 16 if kernel == "key" and (width <= 32 or every_pair) else 32, 4, 1
+            return 16, 16, 4 if width <= 128 and kernel == "query" and every_pair else 8, 1
+        return 32, 16 if (kernel == "key") + (width <= 32) + every_pair > 1 else 32, 4, 1
     if kernel == "query":
         if width > 128:
             return 32, 32, 8, 1
         if old:
             return (64, 32, 8, 2) if width > 64 else (64, 16, 4, 2)
-        return 128, 32 if every_pair and width <= 64 else 64, 8, 2
+        return 128, 32 if width <= 64 and (every_pair or (width <= 32 and capability >= (10, 0))) else 64, 8, 2
     limit = 32 if width > 128 or (old and width <= 64) else 64 if old else 128
     columns = min(limit, power_of_two(kv_block or 128, 16))
     if width <= 64 and not old:
@@ -80,6 +80,18 @@ def tiling(
         return 64, min(columns, 32), 8, 2
     rows = 32 if width > 128 or width <= 32 or columns >= 64 else 64 if columns == 32 or old else 128
     return rows, columns, 8, 2 if width <= 128 else 1
+
+
+def programs(
+    dtype: torch.dtype, width: int, kernel: str, columns: int, warps: int, capability: tuple[int, int], every_pair: bool
+) -> int:
+    """How many programs share a multiprocessor's registers, or 0; see :class:`~sieve_attn.attend.triton.launch.Launch`."""
+    if dtype == torch.float32 or every_pair:
+        return 0
+    # 12.0 has no memory for the results of products: they lie in registers, and more of those are wanted
+    if capability[0] == 10 and width <= 32:
+        return {("query", 8): 2, ("key", 4): 3}.get((kernel, warps), 0)
+    return 2 if capability < (9, 0) and kernel == "key" and 64 < width <= 128 and columns == 16 else 0
 
 
 def launch_shift(out: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor, shift: Tensor) -> Launch:
@@ -130,7 +142,8 @@ def launch_backward(
             **common, "chosen": grid.chosen, "chosen_heads": grid.heads, "pieces": -(-grid.q_block // rows), "ROWS": rows,
             "PACK": pack, "BLOCK_N": columns, "Q_BLOCK": grid.q_block, "KV_BLOCK": grid.kv_block, "RANGES": grid.ranges,
         }  # fmt: skip
-        return grid, sizes, warps, stages
+        together = programs(call.query.dtype, width, kernel, columns, warps, capability, laden)
+        return grid, sizes, (warps, stages, together)
 
     # a bias that sequences or heads share is added to by one launch after another
     turns = [(0, batch, 0, None)]
@@ -138,15 +151,15 @@ def launch_backward(
         over_batch = [(b, 1) for b in range(batch)] if pair_bias.shape[0] == 1 else [(0, batch)]
         over_heads = [(h, 1) for h in range(q_heads)] if pair_bias.shape[1] == 1 else [(0, q_heads)]
         turns = [(*b, *h) for b, h in product(over_batch, over_heads)]
-    grid, sizes, warps, stages = plan("query", pair_bias is not None)
+    grid, sizes, threads = plan("query", pair_bias is not None)
     for first_batch, sequences, first_pack, packs in turns:
         packs = kv_heads * -(-group // sizes["PACK"]) if packs is None else packs
         own = {
             **sizes, "grad_query": view(made["query"]), "grad_bias": place, "row_sums": made.get("row_sums"),
             "tiles": grid.tiles, "packs": packs, "first_batch": first_batch, "first_pack": first_pack,
         }  # fmt: skip
-        yield Launch(query_kernel, grid.tiles * sizes["pieces"] * packs * sequences, own, warps, stages)
-    grid, sizes, warps, stages = plan("key", "key_sums" in made)
+        yield Launch(query_kernel, grid.tiles * sizes["pieces"] * packs * sequences, own, *threads)
+    grid, sizes, threads = plan("key", "key_sums" in made)
     blocks = -(-call.kv_len // grid.kv_block)
     own = {
         **sizes, "grad_key": view(made["key"]), "grad_value": view(made["value"]), "key_sums": made.get("key_sums"),
@@ -154,7 +167,7 @@ def launch_backward(
         "turned": Turned(None, None, None, 0, 0) if part is None else turned(part),
     }  # fmt: skip
     parts = -(-grid.kv_block // sizes["BLOCK_N"])
-    yield Launch(key_kernel, parts * blocks * kv_heads * batch, own, warps, stages)
+    yield Launch(key_kernel, parts * blocks * kv_heads * batch, own, *threads)
 
 
 def backward(

@@ -13,6 +13,8 @@ from sieve_attn.attend.triton.tiles import Chosen, Sight, View
 from sieve_attn.checks import error
 from sieve_attn.types import Blocks, Call, Ranges, Selection
 
+REGISTERS = 65_536  # of a multiprocessor
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -23,10 +25,24 @@ class Launch:
     arguments: dict[str, Any]
     warps: int
     stages: int
+    programs: int = 0  # that are to share a multiprocessor's registers; 0 leaves that to the assembler
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How the kernel is compiled.
+
+        An assembler that is told how many registers there are fits the kernel into them; one that stops there of its own accord,
+        to run a program more, keeps a few bytes elsewhere.
+        """
+        options = {"num_warps": self.warps, "num_stages": self.stages, **door.PLAIN}
+        if self.programs:
+            # a thread's are handed out by eights
+            options["maxnreg"] = REGISTERS // (32 * self.warps * self.programs) // 8 * 8
+        return options
 
     def run(self, like: Tensor) -> None:
         with door.launching_on(like):
-            self.kernel[(self.grid,)](**self.arguments, num_warps=self.warps, num_stages=self.stages, **door.PLAIN)
+            self.kernel[(self.grid,)](**self.arguments, **self.options)
 
 
 def power_of_two(n: int, least: int = 1) -> int:
