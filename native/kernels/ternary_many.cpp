@@ -197,8 +197,8 @@ int64_t ternary_scratch_floats() { return (CHUNK_GROUPS * 16 + TERNARY_TOKENS) *
 void ternary_split(const float*, int64_t, int64_t, int64_t, int64_t, uint16_t*) {}
 void ternary_many_int8(const TernaryTask&) {}
 
-// One group of a row block as 16 lines of 32 floats, `line` floats apart, in the order of columns
-static inline void decode(const uint8_t* codes, float* out, int64_t line) {
+// One group of a row block as 16 lines in the order of columns, `line` floats apart; its second 16 rows lie `half` after the first
+static inline void decode(const uint8_t* codes, float* out, int64_t line, int64_t half) {
 #if defined(__AVX512F__)
   const __m512 table = _mm512_set_ps(2, 1, 0, -1, 2, 1, 0, -1, 2, 1, 0, -1, 2, 1, 0, -1);
   __m512i z[2];
@@ -206,14 +206,14 @@ static inline void decode(const uint8_t* codes, float* out, int64_t line) {
   for (int r = 0; r < 2; ++r)
 #pragma GCC unroll 16
     for (int s = 0; s < 16; ++s) {
-      _mm512_storeu_ps(out + column_of(s) * line + 16 * r, _mm512_permutexvar_ps(z[r], table));
+      _mm512_storeu_ps(out + column_of(s) * line + r * half, _mm512_permutexvar_ps(z[r], table));
       z[r] = _mm512_srli_epi32(z[r], 2);
     }
 #else
   for (int b = 0; b < 4; ++b)
     for (int row = 0; row < TERNARY_ROWS; row += LANES) {
       const vi z = rows_of_bytes(codes + b * TERNARY_ROWS + row);
-      for (int i = 0; i < 4; ++i) store(out + (4 * i + b) * line + row, trits(z, i));
+      for (int i = 0; i < 4; ++i) store(out + (4 * i + b) * line + row / 16 * half + row % 16, trits(z, i));
     }
 #endif
 }
@@ -227,11 +227,18 @@ void ternary_many(const TernaryTask& t) {
     // every chunk has a sum of its own: thousands of terms one after another would round too often
     memset(part, 0, sizeof(float) * t.tokens * wide);
     const int64_t n = t.groups - first < CHUNK_GROUPS ? t.groups - first : CHUNK_GROUPS;
-    const float* row[CHUNK_GROUPS * 16];
-    for (int64_t i = 0; i < n * 16; ++i) row[i] = w + i * wide;
+    // 16 rows of weights side by side where that pays (see gemm.h), or all of them
+    const bool apart = gathering((int)t.tokens);
+    const int64_t columns = n * 16, line = apart ? 16 : wide, half = apart ? columns * 16 : 16;
     for (int64_t b = 0; b < t.blocks; ++b)
-      for (int64_t g = 0; g < n; ++g) decode(code_bytes(t, b) + (first + g) * TERNARY_BYTES, w + g * 16 * wide + b * TERNARY_ROWS, wide);
-    times_rows(x + first * 16, t.x_stride, 1, (int)t.tokens, (int)(n * 16), row, (int)wide, part, wide);
+      for (int64_t g = 0; g < n; ++g) decode(code_bytes(t, b) + (first + g) * TERNARY_BYTES, w + g * 16 * line + 2 * b * half, line, half);
+    if (apart) {
+      times_columns(x + first * 16, t.x_stride, 1, (int)t.tokens, (int)columns, w, (int)columns, (int)wide, part, wide);
+    } else {
+      const float* row[CHUNK_GROUPS * 16];
+      for (int64_t i = 0; i < columns; ++i) row[i] = w + i * wide;
+      times_rows(x + first * 16, t.x_stride, 1, (int)t.tokens, (int)columns, row, (int)wide, part, wide);
+    }
     for (int64_t i = 0; i < t.tokens; ++i)
       for (int64_t c = 0; c < wide; c += LANES)
         store(sums + i * t.stride + c, load(sums + i * t.stride + c) + load(part + i * wide + c));
