@@ -16,6 +16,7 @@ from sieve_attn.transformers import ModelReport, StreamedLayer, capture, despars
 
 VOCABULARY, LENGTH, PADDING, WINDOW = 61, 75, 17, 24
 DENSE = {"threshold": policies.Aether(float("-inf"), block_size=16), "dense": policies.Dense()}
+LINEAR_FIRST = {"layer_types": ["linear_attention", "full_attention"], "block_size": 16}
 HYBRID = {"layer_types": ["full_attention", "linear_attention"], "block_size": 16}
 SPARSE = policies.TopBlocks(1, sinks=4, window=8, query_stride=1)
 
@@ -49,6 +50,7 @@ def _model(name: str):
         "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**common)),
         "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**grouped, **experts)),
         "minimax": lambda: hf.MiniMaxForCausalLM(hf.MiniMaxConfig(**grouped, **HYBRID, num_local_experts=4)),
+        "minimax, linear first": lambda: hf.MiniMaxForCausalLM(hf.MiniMaxConfig(**grouped, **LINEAR_FIRST, num_local_experts=4)),
         "doge": lambda: hf.DogeForCausalLM(hf.DogeConfig(**grouped)),
     }
     torch.manual_seed(0)
@@ -129,12 +131,26 @@ def test_a_window_is_exact_in_a_cache_that_keeps_every_key(prompt):
     assert all(layer.note == f"dense inside its sliding window of {WINDOW} keys" for layer in report(model).layers)
 
 
-def test_layers_of_linear_attention_are_left_alone(prompt):
-    model, ids = _model("minimax"), {"input_ids": prompt["input_ids"]}
-    expected = _generate(model, ids)
+@pytest.mark.parametrize(("name", "layer"), [("minimax", 0), ("minimax, linear first", 1)])
+def test_layers_of_linear_attention_are_left_alone(name, layer, prompt):
+    model, ids = _model(name), {"input_ids": prompt["input_ids"][1:], "attention_mask": prompt["attention_mask"][1:]}
+    expected = _generate(model, ids, 12)
     for policy in DENSE.values():
-        assert torch.equal(_generate(sparsify(model, policy), ids), expected)
-        assert [layer.layer for layer in report(model).layers] == [0]
+        assert torch.equal(_generate(sparsify(model, policy), ids, 12), expected)
+        assert [each.layer for each in report(model).layers] == [layer]
+
+
+def test_a_cache_whose_first_layer_keeps_no_keys_is_read_to_its_end(prompt):
+    """The model counts its keys at a layer of linear attention, and so finds none."""
+    model = sparsify(_model("minimax, linear first"), DENSE["dense"])
+    whole = prompt | {"position_ids": torch.arange(LENGTH).expand(2, -1)}
+    expected, cache = _logits(model, whole), None
+    for i in range(0, LENGTH, 25):
+        part = {name: x if name == "attention_mask" else x[:, i : i + 25] for name, x in whole.items()}
+        part["attention_mask"] = part["attention_mask"][:, : i + 25]
+        ran = model(**part, past_key_values=cache, use_cache=True)
+        cache = ran.past_key_values
+        torch.testing.assert_close(ran.logits, expected[:, i : i + 25], rtol=2e-4, atol=2e-4)
 
 
 def test_packed_sequences_do_not_see_each_other(llama, prompt):

@@ -15,7 +15,7 @@ from sieve_attn.checks import error
 from sieve_attn.geometry import Geometry
 from sieve_attn.policies import Policy
 from sieve_attn.transformers import masks
-from sieve_attn.transformers.cache import adopt, why_recomputed
+from sieve_attn.transformers.cache import adopt, fills, why_recomputed
 from sieve_attn.transformers.records import Capture
 from sieve_attn.transformers.reports import Counters, LayerReport
 from sieve_attn.types import Call, Report
@@ -73,6 +73,8 @@ class LayerState:
     ) -> Tensor:
         """[batch, q_heads, q_len, v_dim] by the policy; a layer with a sliding window is dense inside of it."""
         layout, order = masks.read(attention_mask, key.shape[2], sliding_window, self._carried)
+        if layout.seen < key.shape[2] and fills(self._cache_layer, key):
+            layout = layout.over(key.shape[2], key.shape[0])
         options |= order | {"key_mask": layout.padding, "cu_seqlens": layout.edges, "window": layout.window}
         self.windowed = layout.window or sliding_window
         policy = self.setting.policy if self.windowed is None else DENSE

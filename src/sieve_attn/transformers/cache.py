@@ -160,6 +160,11 @@ def adopt(cache: Cache, index: int, policy: Policy) -> Any:
     return layers[index]
 
 
+def fills(layer: Any, key: Tensor) -> bool:
+    """Whether ``layer`` is one without empty slots, and ``key`` is all it holds."""
+    return type(layer) in (DynamicLayer, StreamedLayer) and layer.get_seq_length() == key.shape[2]
+
+
 def why_recomputed(layer: Any, policy: Policy, key: Tensor) -> str | None:
     """Why the geometry of ``key`` cannot come from ``layer``; None if it can."""
     if layer is None:

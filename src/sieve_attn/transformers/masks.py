@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,11 @@ class Layout:
     window: int | None = None  # keys that many positions away or farther are hidden
     padding: Tensor | None = None  # [batch, seen] bool, True for real tokens; None if all are
     edges: Tensor | None = None  # [sequences + 1] where packed sequences begin and end
+    given: Tensor | None = None  # the model's own attention_mask [batch, slots]
+
+    def over(self, seen: int, batch: int) -> Layout:
+        """The same for a cache that holds ``seen`` keys: some models count at a layer that keeps none."""
+        return replace(self, seen=seen, padding=_padding(self.given, 0, seen, batch))
 
 
 @torch.compiler.disable
@@ -51,7 +56,7 @@ def mask_function(
     pattern = _read_pattern(mask_function)
     carrier = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
     padding = _padding(attention_mask, int(kv_offset), seen, batch_size)
-    setattr(carrier, _CARRIER, Layout(seen, pattern.get("window"), padding, _edges(pattern.get("packed"))))
+    setattr(carrier, _CARRIER, Layout(seen, pattern.get("window"), padding, _edges(pattern.get("packed")), attention_mask))
     return carrier
 
 
