@@ -212,3 +212,11 @@ def test_stdin_is_read_as_utf_8_whatever_the_locale(folder, given, code):
     done = subprocess.run(command, input=given, capture_output=True, check=False, env=os.environ | locale)
     assert done.returncode == code, done.stderr
     assert code == 0 or done.stderr.startswith(b"sieve: `prompt-file` must be a readable UTF-8 text; got '-' (")
+
+
+def test_a_closed_stdin_is_said():
+    program = "import sys; sys.stdin = None; from sieve_attn.cli import main; main()"
+    command = [sys.executable, "-c", program, "generate", "--prompt-file", "-"]
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    said = "`prompt-file` '-' must come with an open stdin; got a closed one; pipe a text in, or name a file"
+    assert (done.returncode, done.stderr) == (2, f"sieve: {said}\n")

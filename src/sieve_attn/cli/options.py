@@ -84,6 +84,8 @@ def read_prompt(prompt: str | None, file: Path | None, demo: bool | None = None)
 
 
 def _read(file: Path) -> str:
+    if str(file) == "-" and sys.stdin is None:
+        raise error("prompt-file", "'-' must come with an open stdin", "a closed one", "pipe a text in, or name a file", OSError)
     try:
         if str(file) == "-":
             # whatever the locale says: a file is read so too
