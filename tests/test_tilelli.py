@@ -188,6 +188,14 @@ def test_gradients_through_steps_are_those_of_the_full_call():
         assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3), name
 
 
+@pytest.mark.parametrize("made", [lambda: LocalPath(8), lambda: StatePath(8), lambda: TilelliBlock(8)])
+def test_caches_of_inference_mode_are_stepped_with_gradients(made):
+    layer, x = made(), torch.randn(2, 7, 8)
+    with torch.inference_mode():
+        cache = layer.warmup_cache(x[:, :6])
+    layer.forward_incremental(x[:, 6:], cache)[0].sum().backward()
+
+
 def test_later_tokens_influence_nothing():
     block, x = make()
     with torch.no_grad():

@@ -54,6 +54,8 @@ class _Path(nn.Module):
                 type(cache).__name__ if held is None else f"{list(held[0])} on {held[1]}", "use the cache that this path made",
             )  # fmt: skip
         check_step(x_step, self.d_model, cache.shape[0])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and cache.is_inference():
+            cache = cache.clone()  # a state made in inference mode cannot be kept for gradients
         return self._run(x_step, cache)
 
 
