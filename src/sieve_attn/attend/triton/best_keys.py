@@ -20,6 +20,9 @@ from sieve_attn.types import Call, Selection, Tokens
 
 MOST = 128  # keys of a row that fit the registers; more are chosen by array operations
 ENTRIES = 2048  # logits of one program at a time
+# Heads of all sequences in one launch: the second axis of a grid ends there. Counted along the first, with a division, they cost
+# registers that full fp32 does not have.
+MOST_LINES = 65_535
 
 
 @triton.jit
@@ -93,10 +96,17 @@ def choose(call: Call, top_k: int) -> tuple[Tensor, Tensor]:
     nothing = row_of(query.device)
     part = nothing if call.key_mask is None else call.key_mask.view(torch.uint8)
     mask = nothing if call.mask is None else call.mask.expand(batch, heads, q_len, call.kv_len).view(torch.uint8)
-    if index.numel():
+    edges = sequence_edges(call) if call.cu_seqlens is not None else nothing
+    each = max(1, MOST_LINES // heads)
+
+    def cut(x: Tensor, first: int) -> Tensor:
+        return x if batch <= each else x[first : first + each]
+
+    for first in range(0, batch if index.numel() else 0, each):
         with door.launching_on(query):
-            best_keys[(tiles, batch * heads)](
-                query, key, part, mask, sequence_edges(call) if call.cu_seqlens is not None else nothing, index, partial, q_len,
+            best_keys[(tiles, min(each, batch - first) * heads)](
+                cut(query, first), cut(key, first), part if call.key_mask is None else cut(part, first),
+                mask if call.mask is None else cut(mask, first), edges, cut(index, first), cut(partial, first), q_len,
                 call.kv_len, call.offset, call.window or 0, float(call.scale), top_k, *query.stride(), *key.stride(),
                 *((0, 0) if call.key_mask is None else part.stride()), *((0,) * 4 if call.mask is None else mask.stride()),
                 heads=heads, GROUP=heads // key.shape[1], dim=dim, CAUSAL=bool(call.causal), WINDOW=call.window is not None,

@@ -14,6 +14,7 @@ from torch import Tensor
 from sieve_attn import triton as door
 from sieve_attn.attend.triton.launch import power_of_two
 from sieve_attn.attend.triton.tokens import rows_of
+from sieve_attn.geometry.triton.kernels import place_of
 
 ENTRIES = 2048  # rows times channels of one program
 MOST_ROWS = 64
@@ -38,8 +39,9 @@ def forward(
     heads: tl.constexpr, GROUP: tl.constexpr, dim: tl.constexpr, v_dim: tl.constexpr, PADDED: tl.constexpr,
     V_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile, line = place_of(tl.cdiv(q_len, ROWS))
+    batch, head = line // heads, line % heads
+    row = tile * ROWS + tl.arange(0, ROWS)
     there = row < q_len
     position = row + (kv_len - q_len)
     q = rows_of(query + batch.to(tl.int64) * q_b + head.to(tl.int64) * q_h, row, there, q_m, q_d, dim, PADDED)
@@ -63,7 +65,7 @@ def forward(
     none = mass == 0.0
     total = tl.where(none[:, None], 0.0, total / tl.where(none, 1.0, mass)[:, None])
     channel = tl.arange(0, V_PADDED)
-    one = tl.program_id(1).to(tl.int64) * q_len
+    one = line.to(tl.int64) * q_len
     at = (one + row)[:, None] * v_dim + channel[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), there[:, None] & (channel < v_dim)[None, :])
     tl.store(lse + one + row, tl.where(none, float("-inf"), top + tl.log(tl.where(none, 1.0, mass))), there)
@@ -83,15 +85,16 @@ def gradient_of_queries(
     heads: tl.constexpr, GROUP: tl.constexpr, dim: tl.constexpr, v_dim: tl.constexpr, PADDED: tl.constexpr,
     V_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile, line = place_of(tl.cdiv(q_len, ROWS))
+    batch, head = line // heads, line % heads
+    row = tile * ROWS + tl.arange(0, ROWS)
     there = row < q_len
     position = row + (kv_len - q_len)
     q = rows_of(query + batch.to(tl.int64) * q_b + head.to(tl.int64) * q_h, row, there, q_m, q_d, dim, PADDED)
     g = rows_of(pull + batch.to(tl.int64) * pull_b + head.to(tl.int64) * pull_h, row, there, pull_m, pull_d, v_dim, V_PADDED)
     key += batch.to(tl.int64) * key_b + (head // GROUP).to(tl.int64) * key_h
     value += batch.to(tl.int64) * value_b + (head // GROUP).to(tl.int64) * value_h
-    one = tl.program_id(1).to(tl.int64) * q_len
+    one = line.to(tl.int64) * q_len
     base, more = tl.load(lse + one + row, there, 0.0), tl.load(shift + one + row, there, 0.0)
     base = tl.where(base == float("-inf"), 0.0, base)
     total = tl.zeros((ROWS, PADDED), tl.float32)
@@ -121,8 +124,9 @@ def gradients_of_keys(
     V_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Keys behind the prefix meet one query an offset; the keys of the prefix meet every query from their place on."""
-    batch, kv = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
-    number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile, line = place_of(tl.cdiv(kv_len, ROWS))
+    batch, kv = line // kv_heads, line % kv_heads
+    number = tile * ROWS + tl.arange(0, ROWS)
     there = number < kv_len
     k = rows_of(key + batch.to(tl.int64) * key_b + kv.to(tl.int64) * key_h, number, there, key_m, key_d, dim, PADDED)
     v = rows_of(
@@ -156,7 +160,7 @@ def gradients_of_keys(
                 weight, slope = slope_of(q, k, g, v, base, more, seen, scale)
                 to_key += slope[:, None] * q
                 to_value += weight[:, None] * g
-    one = tl.program_id(1).to(tl.int64) * kv_len
+    one = line.to(tl.int64) * kv_len
     channel, v_channel = tl.arange(0, PADDED), tl.arange(0, V_PADDED)
     at = (one + number)[:, None] * dim + channel[None, :]
     tl.store(d_key + at, to_key.to(d_key.dtype.element_ty), there[:, None] & (channel < dim)[None, :])
@@ -187,7 +191,7 @@ def attend(
     if batch and q_len:
         shape, count = _shape(query, value), within(offsets, key.shape[2])
         with door.launching_on(query):
-            forward[(triton.cdiv(q_len, shape["ROWS"]), batch * heads)](
+            forward[(triton.cdiv(q_len, shape["ROWS"]) * batch * heads,)](
                 query, key, value, on_device(offsets, query), output, lse, q_len, key.shape[2], count, prefix, float(scale),
                 *query.stride(), *key.stride(), *value.stride(), heads=heads, GROUP=heads // key.shape[1], **shape,
                 num_warps=4, **door.PLAIN,
@@ -212,10 +216,10 @@ def backward(
         sizes = (q_len, kv_len, count, prefix, float(scale))
         strides = (*query.stride(), *key.stride(), *value.stride(), *grad_output.stride())
         with door.launching_on(query):
-            gradient_of_queries[(triton.cdiv(q_len, shape["ROWS"]), batch * heads)](
+            gradient_of_queries[(triton.cdiv(q_len, shape["ROWS"]) * batch * heads,)](
                 *given, grads[0], *sizes, *strides, heads=heads, GROUP=group, **shape, num_warps=4, **door.PLAIN
             )
-            gradients_of_keys[(triton.cdiv(kv_len, shape["ROWS"]), batch * kv_heads)](
+            gradients_of_keys[(triton.cdiv(kv_len, shape["ROWS"]) * batch * kv_heads,)](
                 *given, *grads[1:], *sizes, *strides, kv_heads=kv_heads, GROUP=group, **shape, num_warps=8, **door.PLAIN
             )
     else:

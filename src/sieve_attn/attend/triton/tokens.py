@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sieve_attn import triton as door
 from sieve_attn.attend.triton.launch import power_of_two
-from sieve_attn.geometry.triton.kernels import cap_of
+from sieve_attn.geometry.triton.kernels import cap_of, place_of
 from sieve_attn.types import Call, Selection
 
 ENTRIES = 4096  # keys times channels that a program holds at a time
@@ -42,13 +42,14 @@ def forward(
     heads: tl.constexpr, GROUP: tl.constexpr, dim: tl.constexpr, v_dim: tl.constexpr, BIASED: tl.constexpr, SINK: tl.constexpr,
     CAPPED: tl.constexpr, PADDED: tl.constexpr, V_PADDED: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile, line = place_of(tl.cdiv(q_len, ROWS))
+    batch, head = line // heads, line % heads
+    row = tile * ROWS + tl.arange(0, ROWS)
     there = row < q_len
     q = rows_of(query + batch.to(tl.int64) * q_b + head.to(tl.int64) * q_h, row, there, q_m, q_d, dim, PADDED)
     key += batch.to(tl.int64) * key_b + (head // GROUP).to(tl.int64) * key_h
     value += batch.to(tl.int64) * value_b + (head // GROUP).to(tl.int64) * value_h
-    one = tl.program_id(1).to(tl.int64) * q_len
+    one = line.to(tl.int64) * q_len
     top, mass = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS, V_PADDED), tl.float32)
     for first in range(0, count, SLOTS):
@@ -100,14 +101,15 @@ def gradients(
     PADDED: tl.constexpr, V_PADDED: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries, and of every pair its weight and the slope of its logit."""
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile, line = place_of(tl.cdiv(q_len, ROWS))
+    batch, head = line // heads, line % heads
+    row = tile * ROWS + tl.arange(0, ROWS)
     there = row < q_len
     q = rows_of(query + batch.to(tl.int64) * q_b + head.to(tl.int64) * q_h, row, there, q_m, q_d, dim, PADDED)
     g = rows_of(pull + batch.to(tl.int64) * pull_b + head.to(tl.int64) * pull_h, row, there, pull_m, pull_d, v_dim, V_PADDED)
     key += batch.to(tl.int64) * key_b + (head // GROUP).to(tl.int64) * key_h
     value += batch.to(tl.int64) * value_b + (head // GROUP).to(tl.int64) * value_h
-    one = tl.program_id(1).to(tl.int64) * q_len
+    one = line.to(tl.int64) * q_len
     base = tl.load(lse + one + row, there, 0.0)
     base = tl.where(base == float("-inf"), 0.0, base)
     more = tl.load(shift + one + row, there, 0.0)
@@ -148,10 +150,12 @@ def gradients_of_keys(
     V_PADDED: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One key: the sums over its pairs, which lie between ``ends``; a pair is a place in [group, q_len, count]."""
-    batch, kv = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
-    one = tl.program_id(1).to(tl.int64) * GROUP * q_len * count
-    start = tl.load(ends + tl.program_id(1).to(tl.int64) * (kv_len + 1) + tl.program_id(0))
-    stop = tl.load(ends + tl.program_id(1).to(tl.int64) * (kv_len + 1) + tl.program_id(0) + 1)
+    line = tl.program_id(0) // kv_len
+    batch, kv = line // kv_heads, line % kv_heads
+    one = line.to(tl.int64) * GROUP * q_len * count
+    # a list of ends has one more than there are keys
+    start = tl.load(ends + tl.program_id(0).to(tl.int64) + line)
+    stop = tl.load(ends + tl.program_id(0).to(tl.int64) + line + 1)
     channel, v_channel = tl.arange(0, PADDED), tl.arange(0, V_PADDED)
     to_key, to_value = tl.zeros((PADDED,), tl.float32), tl.zeros((V_PADDED,), tl.float32)
     for first in range(start, stop, PAIRS):
@@ -167,7 +171,7 @@ def gradients_of_keys(
         slope, weight = tl.load(slopes + one + pair, there, 0.0), tl.load(weights + one + pair, there, 0.0)
         to_key += tl.sum(slope[:, None] * q.to(tl.float32), 0)
         to_value += tl.sum(weight[:, None] * g.to(tl.float32), 0)
-    out = tl.program_id(1).to(tl.int64) * kv_len + tl.program_id(0)
+    out = tl.program_id(0).to(tl.int64)
     tl.store(d_key + out * dim + channel, to_key.to(d_key.dtype.element_ty), channel < dim)
     tl.store(d_value + out * v_dim + v_channel, to_value.to(d_value.dtype.element_ty), v_channel < v_dim)
 
@@ -230,7 +234,7 @@ def attend(call: Call, selection: Selection) -> tuple[Tensor, Tensor]:
         shape = _shape(call)
         sink = lse if call.sink is None else call.sink.detach().float().contiguous()
         with door.launching_on(query):
-            forward[(triton.cdiv(q_len, shape["ROWS"]), batch * heads)](
+            forward[(triton.cdiv(q_len, shape["ROWS"]) * batch * heads,)](
                 query, key, value, index, lse if bias is None else bias, sink, output, lse, q_len, index.shape[3],
                 float(call.scale), float(call.softcap or 1.0), *query.stride(), *key.stride(), *value.stride(), heads=heads,
                 GROUP=heads // key.shape[1], BIASED=bias is not None, SINK=call.sink is not None, CAPPED=call.softcap is not None,
@@ -258,7 +262,7 @@ def backward(
     if batch and q_len:
         shape = _shape(call)
         with door.launching_on(query):
-            gradients[(triton.cdiv(q_len, shape["ROWS"]), batch * heads)](
+            gradients[(triton.cdiv(q_len, shape["ROWS"]) * batch * heads,)](
                 query, key, value, index, lse if bias is None else bias, grad_output, lse, shift, grads["query"], weights, slopes,
                 d_bias, q_len, count, float(call.scale), float(call.softcap or 1.0), *query.stride(), *key.stride(),
                 *value.stride(), *grad_output.stride(), heads=heads, GROUP=group, BIASED=bias is not None,
@@ -270,7 +274,7 @@ def backward(
             every = torch.arange(kv_len + 1, dtype=ordered.dtype, device=query.device).expand(batch * kv_heads, -1)
             ends = torch.searchsorted(ordered, every.contiguous())
             widths = {name: shape[name] for name in ("dim", "v_dim", "PADDED", "V_PADDED")}
-            gradients_of_keys[(kv_len, batch * kv_heads)](
+            gradients_of_keys[(kv_len * batch * kv_heads,)](
                 query, grad_output, weights, slopes, pairs, ends, grads["key"], grads["value"], q_len, kv_len, count,
                 *query.stride(), *grad_output.stride(), kv_heads=kv_heads, GROUP=group, PAIRS=8, **widths, num_warps=2,
                 **door.PLAIN,

@@ -13,6 +13,12 @@ CALIBRATION = tl.constexpr(64)  # as in geometry/sketch.py
 
 
 @triton.jit
+def place_of(tiles):
+    """``(tile, head)`` of a program, tiles of a head first: one axis counts both, since the others of a grid end at 65,535."""
+    return tl.program_id(0) % tiles, tl.program_id(0) // tiles
+
+
+@triton.jit
 def tanh(x):
     """``tanh x`` to a few units of the last place, of small numbers too."""
     size = tl.abs(x)
@@ -150,10 +156,11 @@ def summarise(
 ):  # fmt: skip
     """``BLOCKS`` blocks of one head, each padded to ``EACH`` rows: summaries if ``STATISTICS``, and the sketch of the keys."""
     ROWS: tl.constexpr = BLOCKS * EACH
-    batch, head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
-    one = tl.program_id(1).to(tl.int64)
+    tile, line = place_of(tl.cdiv(blocks, BLOCKS))
+    batch, head = line // kv_heads, line % kv_heads
+    one = line.to(tl.int64)
     row = tl.arange(0, ROWS)
-    number = (tl.program_id(0) * BLOCKS + row // EACH) * block_size + row % EACH
+    number = (tile * BLOCKS + row // EACH) * block_size + row % EACH
     there = (row % EACH < block_size) & (number < kv_len)
     part = there
     if MASKED:
@@ -165,7 +172,7 @@ def summarise(
 
     channel = tl.arange(0, PADDED)
     if STATISTICS:
-        block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+        block = tile * BLOCKS + tl.arange(0, BLOCKS)
         block_there = block < blocks
         at_block = one * blocks + block
         at_channel = at_block[:, None] * dim + channel[None, :]

@@ -88,7 +88,7 @@ def summarise(
     for size, statistics, planes in passes(block_size, dim, v_dim, bits):
         shape = tile(size, dim, v_dim if statistics else 1)
         pieces = -(-kv_len // size)
-        kernels.summarise[(triton.cdiv(pieces, shape["BLOCKS"]), batch * heads)](
+        kernels.summarise[(triton.cdiv(pieces, shape["BLOCKS"]) * batch * heads,)](
             key, values, masks, *at.values(), heads, kv_len, pieces, batch * heads * kv_len * (-(-dim // 8)),
             *key.stride(), *values.stride(), *mask_strides, *(clips + (0.0,) * (5 - len(clips))),
             dim=dim, v_dim=v_dim, block_size=size, MASKED=masked, RADIUS=asked.radius, BOX=asked.box, VALUE=asked.value,

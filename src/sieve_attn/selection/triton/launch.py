@@ -173,7 +173,7 @@ class _Run:
         plane_strides = planes.stride()[:3] if sketched else (0, 0, 0)
         if expanded:
             codes = torch.empty((*key.shape[:3], grid.padded), dtype=torch.int8, device=device)
-            scoring.expand[(triton.cdiv(call.kv_len, 64), key.shape[0] * key.shape[1])](
+            scoring.expand[(triton.cdiv(call.kv_len, 64) * key.shape[0] * key.shape[1],)](
                 planes, codes, *plane_strides, key.shape[1], call.kv_len, dim=dim, BITS=bits, PADDED=grid.padded, ROWS=64
             )
         self.scored = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sieve_attn.geometry.triton.kernels import cap_of, is_finite
+from sieve_attn.geometry.triton.kernels import cap_of, is_finite, place_of
 from sieve_attn.selection.triton.sight import interval, keys_between, looked_at, reach, tile_queries, unit_at
 
 LOWEST = tl.constexpr(-1e30)
@@ -42,10 +42,11 @@ def unpack(planes, plane_stride, place, there, byte_there, BITS: tl.constexpr, B
 def expand(planes, codes, plane_stride, plane_b, plane_h, kv_heads, kv_len, dim: tl.constexpr, BITS: tl.constexpr,
            PADDED: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """The codes of one head less 2^(bits - 1), [kv_len, PADDED] int8: what many tiles read is unpacked once."""
-    number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile, line = place_of(tl.cdiv(kv_len, ROWS))
+    number = tile * ROWS + tl.arange(0, ROWS)
     there = number < kv_len
-    key = tl.program_id(1).to(tl.int64) * kv_len + number
-    planes += (tl.program_id(1) // kv_heads).to(tl.int64) * plane_b + (tl.program_id(1) % kv_heads).to(tl.int64) * plane_h
+    key = line.to(tl.int64) * kv_len + number
+    planes += (line // kv_heads).to(tl.int64) * plane_b + (line % kv_heads).to(tl.int64) * plane_h
     byte_there = tl.arange(0, PADDED // 8) * 8 < dim
     code = unpack(planes, plane_stride, number.to(tl.int64) * ((dim + 7) // 8), there, byte_there, BITS, PADDED // 8)
     channel = tl.arange(0, PADDED)
