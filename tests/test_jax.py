@@ -325,6 +325,20 @@ def test_a_key_after_a_query_changes_nothing(backend):
     assert not np.isfinite(np.asarray(after[:, :, 14])).any()
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_what_is_no_number_has_no_part_in_gradients_of_those_who_do_not_see_it(softcap):
+    query, key, value = arrays(20, 40)
+    query[:, :, 3], key[:, :, 30], value[:, :, 30] = np.nan, np.nan, np.nan  # rows from 10 on see the key, the query 23 keys
+    run = lambda *qkv: sj.attention(*qkv, P.TopBlocks(2), causal=True, max_blocks=2, backend="gather", softcap=softcap).sum()  # noqa: E731
+    d_query = np.asarray(jax.grad(run)(query, key, value))
+    assert np.isfinite(d_query[:, :, [0, 1, 2, *range(4, 10)]]).all()
+    assert not np.isfinite(d_query[:, :, [3, *range(10, 20)]]).any()
+    key[:, :, 30], value[:, :, 30] = 0.0, 0.0
+    d_key = np.asarray(jax.grad(run, 1)(query, key, value))
+    assert np.isfinite(d_key[:, :, 24:]).all()
+    assert not np.isfinite(d_key[:, :, :24]).any()
+
+
 def test_nothing_of_queries_by_keys_is_in_the_compiled_module():
     length = 4096
     shape = jax.ShapeDtypeStruct((1, 1, length, 16), jnp.float32)

@@ -70,6 +70,20 @@ def map_tiles(call: Call, numbers: jax.Array, lead: int, one, *per_tile: jax.Arr
     return joined(out).astype(call.query.dtype), joined(lse)
 
 
+@jax.custom_jvp
+def products(query: jax.Array, key: jax.Array) -> jax.Array:
+    """``query @ key^T``; in gradients, what is not finite counts as zero: pairs that are not seen pull at it with zero, and only
+    those that are seen, which give what is no number anyway, with more."""
+    return query @ xp.transpose_last(key)
+
+
+@products.defjvp
+def _(given, tangents):
+    (query, key), (d_query, d_key) = given, tangents
+    clean_query, clean_key = (jnp.where(jnp.isfinite(x), x, 0.0) for x in given)
+    return products(query, key), d_query @ xp.transpose_last(clean_key) + clean_query @ xp.transpose_last(d_key)
+
+
 def softmax(
     rows: Rows, key: jax.Array, value: jax.Array, kept: jax.Array | bool, sink: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -78,10 +92,9 @@ def softmax(
     batch, heads, n, dim = rows.query.shape
     shared = key.shape[1]
     seen = jnp.broadcast_to(kept & rows.visible, (batch, heads, n, key.shape[2]))
-    # what no query of the tile sees has no part in any gradient, not even as a NaN
-    used = seen.reshape(batch, shared, -1, seen.shape[-1]).any(2)[..., None]
-    key, value = jnp.where(used, key, 0.0), jnp.where(used, value, 0.0)
-    logits = (rows.query.reshape(batch, shared, -1, dim) @ xp.transpose_last(key)).reshape(batch, heads, n, -1)
+    logits = products(rows.query.reshape(batch, shared, -1, dim), key).reshape(batch, heads, n, -1)
+    # the slope of the cap is no number where a logit is none
+    logits = logits if rows.softcap is None else jnp.where(seen, logits, 0.0)
     capped = soft_cap(xp, logits * rows.scale, rows.softcap)
     final = jnp.where(seen, capped if rows.bias is None else capped + rows.bias, -math.inf)
     top = jax.lax.stop_gradient(final.max(-1, keepdims=True))
