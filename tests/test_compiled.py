@@ -8,7 +8,15 @@ import torch
 
 from sieve_attn import AetherAttention, attention
 from sieve_attn.functional import offset_attention, top_k_attention
-from sieve_attn.layers import LocalPath, PrimeSelfAttention, SparseCausalAttention, StatePath, TilelliBlock
+from sieve_attn.layers import (
+    LocalPath,
+    PrimeSelfAttention,
+    SparseCausalAttention,
+    StatePath,
+    TernaryLinear,
+    TilelliBlock,
+    pack_ternary,
+)
 from sieve_attn.patterns import GlobalTokens, Primes, RandomBlocks, Window
 from sieve_attn.policies import Policy, TopBlocks, Windowed
 from sieve_attn.scores import KeySketch
@@ -190,3 +198,27 @@ def test_exported_lengths_stay_open(name):
         for n in (4, 70, 300):
             x = draw(n, *shape, n, 8).float()
             assert torch.equal(exported(x), model(x))
+
+
+DIFFERENTIATED = {"dense": TRAINED["dense"], "blocks": TRAINED["blocks"], "top-k": TRAINED["top-k"],
+                  "offsets": lambda q, k, v: offset_attention(q, k, v, TWICE)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_derivatives_of_other_kinds_are_refused_in_our_words(name):
+    x = draw(1, 1, 2, 40, 8).float()
+    run = lambda x: DIFFERENTIATED[name](x, x, x).square().sum()  # noqa: E731
+    for way in (torch.func.grad(run), torch.func.jacrev(run), torch.func.grad(lambda x: torch.func.vmap(run)(x[None]).sum())):
+        with pytest.raises(ValueError, match=r"must not be differentiated by torch\.func; .* use torch\.autograd\.grad"):
+            way(x)
+    torch.func.grad(lambda y: y.sum() + run(x))(x)  # what is not differentiated is no matter
+    x.requires_grad_()
+    first = torch.autograd.grad(run(x), x, create_graph=True)[0]
+    with pytest.raises(ValueError, match="`create_graph` must not lead to second derivatives"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("layer", [StatePath(8), pack_ternary(TernaryLinear(8, 8))], ids=lambda layer: type(layer).__name__)
+def test_derivatives_of_layers_are_refused_so_too(layer):
+    with pytest.raises(ValueError, match=r"must not be differentiated by torch\.func"):
+        torch.func.grad(lambda x: layer(x).sum())(draw(1, 1, 9, 8).float())

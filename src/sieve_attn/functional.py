@@ -87,6 +87,7 @@ def _run(call: Call, top_k: int, backend: str) -> tuple[Array, Array, Array, Arr
         from sieve_attn.attend import top_k_op, torch_op
 
         torch_op.refuse_tangents(call.query, call.key, call.value, call.sink)
+        torch_op.refuse_transforms(call.query, call.key, call.value, call.sink, argument="query, key, value, sink")
         return top_k_op.attend(call, top_k, backend)
     return stage.attend(call, top_k, backend)
 

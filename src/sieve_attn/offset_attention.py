@@ -103,6 +103,7 @@ def offset_attention(
     if stage.made_of_offsets(pattern):
         text = offset_op.text_of(pattern)
         torch_op.refuse_tangents(query, key, value)
+        torch_op.refuse_transforms(query, key, value, argument="query, key, value")
         output, lse = offset_op.offset_op(query, key, value, text, scale, plan)
         if upstream_compat:
             output, lse = _doubled(query, key, value, pattern, text, output, lse, scale)

@@ -106,6 +106,7 @@ def run(
         xp=torch_ops,
     )
     torch_op.refuse_tangents(query, key, value, bias, sink)
+    torch_op.refuse_transforms(query, key, value, bias, sink)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
     made = torch_op.attention_op(
         query, key, value, mask, key_mask, bias, cu_seqlens, sink, causal, scale, softcap, window, policy, per_query, backend

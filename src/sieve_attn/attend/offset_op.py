@@ -15,7 +15,7 @@ from torch import Tensor
 from sieve_attn import native, policies
 from sieve_attn.arrays import torch_ops
 from sieve_attn.attend import offsets as stage
-from sieve_attn.attend.torch_op import _empty_output, one_by_one
+from sieve_attn.attend.torch_op import _empty_output, one_by_one, refuse_second
 from sieve_attn.checks import error
 from sieve_attn.patterns import Pattern
 from sieve_attn.patterns.base import written
@@ -118,4 +118,5 @@ def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple:
 
 offset_op.register_autograd(_backward, setup_context=_setup)
 offset_op.register_vmap(one_by_one(offset_op))
+offset_backward_op.register_autograd(refuse_second)
 offset_backward_op.register_vmap(one_by_one(offset_backward_op))

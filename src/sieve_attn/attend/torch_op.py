@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, get_unwrapped, is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from sieve_attn import dispatch, expression, policies
@@ -24,6 +25,8 @@ from sieve_attn.attend import far_field as far
 from sieve_attn.checks import error
 from sieve_attn.types import Blocks, Call, Offsets, Ranges, Selection, Tokens
 
+_transforms = torch._C._functorch.peek_interpreter_stack
+_modes = torch._C._len_torch_dispatch_stack
 _KINDS = {kind.__name__: kind for kind in (Blocks, Ranges, Offsets, Tokens)}
 
 
@@ -246,6 +249,31 @@ def refuse_tangents(
         raise error(argument, f"must not carry tangents: {why}", "forward-mode differentiation", remedy)
 
 
+def refuse_transforms(*tensors: Tensor | None, argument: str = "query, key, value, bias, sink") -> None:
+    """``torch.func`` takes derivatives of another kind of operator; ``vmap`` alone takes this one."""
+    if torch.compiler.is_compiling() or _transforms() is None:
+        return
+    asked = any(each.key() == TransformType.Grad for each in get_interpreter_stack())
+    if asked and torch.is_grad_enabled() and any(x is not None and _tracked(x) for x in tensors):
+        raise error(argument, "must not be differentiated by torch.func", "grad, vjp or jacrev", "use torch.autograd.grad")
+
+
+def _tracked(x: Tensor) -> bool:
+    """Whether autograd follows ``x``, or what a transform wrapped in it."""
+    while is_functorch_wrapped_tensor(x) and not x.requires_grad:
+        x = get_unwrapped(x)
+    return x.requires_grad
+
+
+def refuse_second(ctx: Any, *_: Any) -> None:
+    """The backward of a backward operator."""
+    raise error("create_graph", "must not lead to second derivatives: attention differentiates once", "a gradient of a gradient",
+                "detach the first one")  # fmt: skip
+
+
+backward_op.register_autograd(refuse_second)
+
+
 def nobody_watches(call: Call) -> bool:
     """Neither autograd nor a transform nor a tensor of another kind needs to see an operator: it can be passed by."""
     tensors = [x for x in (call.query, call.key, call.value, call.mask, call.key_mask, call.bias, call.sink) if x is not None]
@@ -255,15 +283,12 @@ def nobody_watches(call: Call) -> bool:
     return plain and _transforms() is None and _modes() == 0
 
 
-_transforms = torch._C._functorch.peek_interpreter_stack
-_modes = torch._C._len_torch_dispatch_stack
-
-
 def attend(call: Call, selection: Selection, backend: str, field: far.FarField | None) -> tuple[Tensor, Tensor]:
     refuse_tangents(call.query, call.key, call.value, call.bias, call.sink)
     if nobody_watches(call):
         with torch_ops.no_grad():
             return dispatch.module(backend).attend(call, selection, field)
+    refuse_transforms(call.query, call.key, call.value, call.bias, call.sink)
     parts, spec = pack(selection)
     return attend_op(
         call.query, call.key, call.value, call.mask, call.key_mask, call.bias, call.cu_seqlens, call.sink, call.causal,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sieve_attn import checks, native
 from sieve_attn.arrays import torch_ops
-from sieve_attn.attend.torch_op import refuse_tangents
+from sieve_attn.attend.torch_op import refuse_tangents, refuse_transforms
 from sieve_attn.layers.ternary_op import watched
 
 CHUNK = 32
@@ -86,5 +86,7 @@ def diagonal_scan(x: Tensor, decay: Tensor, start: Tensor, reverse: bool = False
             "give every channel a factor and every sequence a state",
         )  # fmt: skip
     refuse_tangents(x, decay, start, argument="x, decay, start", why="the recurrence differentiates in reverse mode only")
-    made = diagonal_scan_op if watched(x, decay, start) else _compute
-    return made(x, decay, start, reverse)
+    if not watched(x, decay, start):
+        return _compute(x, decay, start, reverse)
+    refuse_transforms(x, decay, start, argument="x, decay, start")
+    return diagonal_scan_op(x, decay, start, reverse)

@@ -12,7 +12,7 @@ from torch.nn import Parameter, functional
 
 from sieve_attn import checks, native
 from sieve_attn.arrays import torch_ops
-from sieve_attn.attend.torch_op import _modes, _transforms, refuse_tangents
+from sieve_attn.attend.torch_op import _modes, _transforms, refuse_tangents, refuse_transforms
 from sieve_attn.layers import packing
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -129,6 +129,7 @@ def ternary_linear(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: boo
     """The operator, passed by where nobody needs to see it: it costs as much as a small layer."""
     if watched(x):
         refuse_tangents(x, argument="x", why="packed weights differentiate in reverse mode only")
+        refuse_transforms(x, argument="x")
         return ternary_linear_op(x, codes, alpha, rows, int8)
     return _compute(x, codes, alpha, rows, int8)
 
