@@ -415,7 +415,7 @@ NB_MODULE(_native, m) {
                           counts ? static_cast<int64_t*>(counts->data) : nullptr);
         },
         "a"_a, "top_k"_a, "out"_a, "lse"_a, "index"_a, "counts"_a.none(), nb::call_guard<nb::gil_scoped_release>());
-  nb::class_<TernaryWeights>(m, "TernaryWeights", nb::dynamic_attr())
+  nb::class_<TernaryWeights>(m, "TernaryWeights")
       .def("__init__",
            [](TernaryWeights* self, const View& codes, const View& alpha, int64_t rows, int64_t columns, bool counted) {
              const uint8_t* c = static_cast<const uint8_t*>(codes.data);

@@ -323,7 +323,7 @@ def test_trits_written_into_codes_are_counted_again(level):
     codes.copy_(packing.pack(trits))
     got, expected = ternary_linear(x, codes, alpha, 32).double(), exact(x, trits, alpha)
     assert ((got - expected).abs() <= 4 * torch.finfo(torch.float32).eps * exact(x.abs(), trits.abs(), alpha)).all()
-    assert matrix_of(codes, alpha, 32, 2000).fewest == int((trits != 0).sum(1).min())
+    assert matrix_of(codes, alpha, 32, 2000).kernel.fewest == int((trits != 0).sum(1).min())
 
 
 @pytest.mark.parametrize("eight", [False, True])
@@ -484,7 +484,7 @@ def test_what_kernels_were_given_is_forgotten_with_the_codes():
     layer = TernaryLinear(20, 8).pack()
     layer(torch.zeros(1, 20))
     key = id(layer.codes)
-    assert key in ternary_op._SEEN
+    assert key in ternary_op._MATRICES
     del layer
     gc.collect()
-    assert key not in ternary_op._SEEN
+    assert key not in ternary_op._MATRICES

@@ -18,49 +18,47 @@ from sieve_attn.layers import packing
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Seen(NamedTuple):
-    """What kernels were given for codes and scales: good for as long as those are what they were."""
+class Matrix(NamedTuple):
+    """Codes and scales as kernels were given them: good for as long as those are what they were."""
 
     codes: ref[Tensor]
     alpha: ref[Tensor]
-    version: int
+    version: int | None  # None where nobody counts what is written into codes
     start: int
     alpha_start: int
-    matrix: Any
+    words: Tensor | None  # codes in base 3, expanded; what kernels read lives as long as this
+    kernel: Any
 
 
-_SEEN: dict[int, Seen] = {}  # by the identity of codes
+_MATRICES: dict[int, Matrix] = {}  # by the identity of codes
 
 
-def matrix_of(codes: Tensor, alpha: Tensor, rows: int, columns: int) -> Any:
-    """``codes`` and ``alpha`` as kernels read them, or None without kernels. Raises ValueError for those of another matrix.
+def matrix_of(codes: Tensor, alpha: Tensor, rows: int, columns: int) -> Matrix | None:
+    """``codes`` and ``alpha`` for kernels, or None without kernels. Raises ValueError for those of another matrix.
 
-    Made once, and again when something was written into codes; those in base 3 are expanded for it. ``fewest`` is the number of
-    trits that are not zero in the row that has fewest, or 0 where changes of codes go unseen.
+    Made once, and again when something was written into codes; those in base 3 are expanded for it. ``kernel.fewest`` is the
+    number of trits that are not zero in the row that has fewest, or 0 where changes of codes go unseen.
     """
-    known = _SEEN.get(id(codes))
+    known = _MATRICES.get(id(codes))
     same = known is not None and known.codes() is codes and known.alpha() is alpha and known.version == codes._version
     if same and known.start == codes.data_ptr() and known.alpha_start == alpha.data_ptr():
-        return known.matrix
-    return _see(codes, alpha, rows, columns)
+        return known
+    return None if native.missing() else _give(codes, alpha, rows, columns)
 
 
-def _see(codes: Tensor, alpha: Tensor, rows: int, columns: int) -> Any:
-    if native.missing():
-        return None
+def _give(codes: Tensor, alpha: Tensor, rows: int, columns: int) -> Matrix:
     words = codes if codes.dtype != torch.uint8 else packing.pack(packing.unpack(codes, rows, columns))
     shape = packing.describe(rows, columns, "2-bit")[0]
     good = words.shape == shape and words.dtype == torch.int32 and words.is_contiguous() and alpha.is_contiguous()
     if not good or alpha.dtype != torch.float32 or alpha.numel() not in (1, rows):
         rule = f"must be contiguous int32 of shape {shape}, with fp32 alpha [1] or [{rows}], for weights [{rows}, {columns}]"
         raise checks.error("codes", rule, f"{words.dtype} of shape {tuple(words.shape)}", "pack the trits with packing.pack")
-    matrix = native.module().TernaryWeights(native.view(words), native.view(alpha), rows, columns, not codes.is_inference())
-    if words is not codes:
-        matrix.words = words  # lives as long
-    if not codes.is_inference():
-        key = id(codes)
-        held = ref(codes, lambda _: _SEEN.pop(key, None))
-        _SEEN[key] = Seen(held, ref(alpha), codes._version, codes.data_ptr(), alpha.data_ptr(), matrix)
+    version, key = None if codes.is_inference() else codes._version, id(codes)
+    kernel = native.module().TernaryWeights(native.view(words), native.view(alpha), rows, columns, version is not None)
+    expanded, held = None if words is codes else words, ref(codes, lambda _: _MATRICES.pop(key, None))
+    matrix = Matrix(held, ref(alpha), version, codes.data_ptr(), alpha.data_ptr(), expanded, kernel)
+    if version is not None:
+        _MATRICES[key] = matrix
     return matrix
 
 
@@ -94,7 +92,7 @@ def _compute(x: Tensor, codes: Tensor, alpha: Tensor, rows: int, int8: bool) -> 
     if out.numel():
         # kernels read tokens along one axis
         flat, to = (x, out) if len(lead) < 2 else (x.reshape(-1, columns), out.view(-1, rows))
-        matrix.multiply(flat, to, int8, torch.get_num_threads())
+        matrix.kernel.multiply(flat, to, int8, torch.get_num_threads())
     return out
 
 
