@@ -18,7 +18,7 @@ from typing import Any
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 RECORDS = {
-    "Zen 3": ["zen3/run.json"],
+    "Zen 3": ["zen3/run.json", "zen3/index_ternary.json"],
     "Zen 5": ["epyc.json"],
     "Xeon": sorted(f"xeon/{p.name}" for p in (DOCS / "benchmarks/xeon").glob("*.json")),
 }
@@ -29,11 +29,14 @@ Row = dict[str, Any]
 
 
 def read() -> dict[str, list[Row]]:
-    """The rows of one thread, by machine."""
+    """The rows of one thread, by machine; of a group that was measured again, those of the last record."""
     found = {}
     for machine, names in RECORDS.items():
-        records = [json.loads((DOCS / "benchmarks" / name).read_text()) for name in names]
-        found[machine] = [row for record in records for row in record["rows"] if row["threads"] == 1]
+        groups: dict[str, list[Row]] = {}
+        for name in names:
+            rows = json.loads((DOCS / "benchmarks" / name).read_text())["rows"]
+            groups |= {group: [row for row in rows if row["group"] == group] for group in {row["group"] for row in rows}}
+        found[machine] = [row for rows in groups.values() for row in rows if row["threads"] == 1]
     return found
 
 
