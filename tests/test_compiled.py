@@ -146,7 +146,9 @@ def test_policies_made_inside_may_hold_symbols():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("make", [PrimeSelfAttention, SparseCausalAttention, LocalPath, StatePath, TilelliBlock])
+@pytest.mark.parametrize(
+    "make", [PrimeSelfAttention, pytest.param(SparseCausalAttention, marks=pytest.mark.long), LocalPath, StatePath, TilelliBlock]
+)
 def test_steps_compile(make):
     layer, x = make(32), draw(1, 2, 30, 32).float()
     run = layer.step if make is PrimeSelfAttention else layer.forward_incremental

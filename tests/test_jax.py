@@ -167,7 +167,7 @@ def test_half_precision_stays_in_its_dtype(dtype):
     assert bool(jnp.isfinite(pull).all())
 
 
-@pytest.mark.parametrize(("dtype", "max_blocks"), [(jnp.bfloat16, 1), (jnp.float16, 5)])
+@pytest.mark.parametrize(("dtype", "max_blocks"), [(jnp.bfloat16, 1), pytest.param(jnp.float16, 5, marks=pytest.mark.long)])
 def test_half_precision_passes_both_branches_of_the_gather(dtype, max_blocks):
     query, key, value = (jnp.asarray(x, dtype) for x in arrays(40, 96, batch=1))
     policy = P.TopBlocks(2, sinks=0, window=0)
@@ -325,7 +325,7 @@ def test_a_key_after_a_query_changes_nothing(backend):
     assert not np.isfinite(np.asarray(after[:, :, 14])).any()
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("softcap", [5.0, pytest.param(None, marks=pytest.mark.long)])
 def test_what_is_no_number_has_no_part_in_gradients_of_those_who_do_not_see_it(softcap):
     query, key, value = arrays(20, 40)
     query[:, :, 3], key[:, :, 30], value[:, :, 30] = np.nan, np.nan, np.nan  # rows from 10 on see the key, the query 23 keys

@@ -62,7 +62,7 @@ def check_call(seed):
         call.check_gradients(torch_of(*jax.grad(loss, (0, 1, 2))(*arrays)), *upstream)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_call_is_plain_attention_over_what_its_report_says(seed):
     check_call(seed)
 
