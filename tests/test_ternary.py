@@ -252,6 +252,17 @@ def test_what_is_not_finite_stays_in_its_token_and_shows(level, tokens, bad):
     assert torch.isfinite(eight[1:]).all()
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_tokens_of_zeros_give_zeros(level, tokens):
+    x, trits, alpha = problem(40, 100, tokens)
+    x[0] = 0.0
+    x[-1] = -0.0
+    got = ternary_linear(x, packing.pack(trits), alpha, 40)
+    assert (got[0] == 0).all()
+    assert (got[-1] == 0).all()
+    assert_close(got, exact(x, trits, alpha), plain=functional.linear(x, trits.float()) * alpha, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e30, 3.3e38])
 def test_large_and_small_numbers(level, size):
     x, trits, _ = problem(20, 64, 20)

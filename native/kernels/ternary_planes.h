@@ -171,6 +171,7 @@ static inline Planes write_tables(const float* x, int64_t groups, float by, int3
 // The tables of a token behind their header; unit 0 where floats must do
 static inline Planes planes_of(const float* x, int64_t groups, int64_t fewest, uint8_t* out) {
   const Look seen = look_at(x, groups);
+  if (!(seen.bits & 0x7fffffff)) return write_tables<3>(x, groups, 1.0f, 0, out, 0);  // zeros, as padding has them
   if (!(seen.high > 0.0f)) return {};
   int32_t exact = 1 << 20;  // units from which a mantissa is whole
   if (!(seen.bits & 0xffff)) {  // that of a bf16
