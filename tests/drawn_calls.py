@@ -5,7 +5,7 @@ import random
 
 import torch
 
-from sieve_attn import policies, scores, selection
+from sieve_attn import attention, policies, scores, selection
 from sieve_attn.policies import Policy
 from sieve_attn.testing import GENERATORS, Shape, oracle
 from sieve_attn.testing.contracts import spread_heads
@@ -205,3 +205,16 @@ class Drawn:
         for mine, wanted in zip(ours, torch.autograd.grad(loss, (truth.q, truth.k, truth.v)), strict=True):
             limit = (1e-3 + 50 * truth.rounding()) * (1 + wanted.abs().max())
             assert (mine.double() - wanted).abs().max() <= limit, self.where
+
+
+def check_pytorch(call, backend="auto"):
+    """A call of the PyTorch front-end: output, lse, gradients and certificate. Returns its report."""
+    out, lse, report = attention(
+        *call.inputs, call.policy, per_query=call.per_query, backend=backend, return_lse=True, return_report=True, **call.options
+    )
+    call.check(out, lse, call.truth.kept(report), report.certificate.dropped_mass)
+    if call.grad:
+        by_output, by_lse = call.upstream()
+        loss = (out * by_output).sum() + (torch.where(torch.isfinite(lse), lse, 0.0) * by_lse).sum()
+        call.check_gradients(torch.autograd.grad(loss, call.inputs), by_output, by_lse)
+    return report

@@ -5,22 +5,9 @@ import random
 
 import pytest
 import torch
-from drawn_calls import Drawn, Truth, a_bound, some_inputs, some_options
+from drawn_calls import Drawn, Truth, a_bound, check_pytorch, some_inputs, some_options
 
-from sieve_attn import attention, geometry, pipeline
-
-
-def check_call(seed):
-    """One call with everything drawn from its seed: output, lse, gradients and certificate."""
-    call = Drawn(seed)
-    out, lse, report = attention(
-        *call.inputs, call.policy, per_query=call.per_query, return_lse=True, return_report=True, **call.options
-    )
-    call.check(out, lse, call.truth.kept(report), report.certificate.dropped_mass)
-    if call.grad:
-        by_output, by_lse = call.upstream()
-        loss = (out * by_output).sum() + (torch.where(torch.isfinite(lse), lse, 0.0) * by_lse).sum()
-        call.check_gradients(torch.autograd.grad(loss, call.inputs), by_output, by_lse)
+from sieve_attn import geometry, pipeline
 
 
 def check_brackets(seed):
@@ -45,7 +32,7 @@ def check_brackets(seed):
 @pytest.mark.parametrize("part", range(4))
 def test_a_call_is_plain_attention_over_what_its_report_says(part):
     for seed in range(part * 75, part * 75 + 75):
-        check_call(seed)
+        check_pytorch(Drawn(seed))
 
 
 def test_brackets_hold_the_mass_of_hostile_keys():
@@ -57,5 +44,5 @@ def test_brackets_hold_the_mass_of_hostile_keys():
 @pytest.mark.parametrize("part", range(20))
 def test_a_call_is_plain_attention_at_length(part):
     for seed in range(10_000 + part * 1000, 11_000 + part * 1000):
-        check_call(seed)
+        check_pytorch(Drawn(seed))
         check_brackets(seed)
