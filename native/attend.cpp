@@ -17,11 +17,13 @@ namespace sieve {
 
 namespace {
 
-constexpr int64_t PACKED_BYTES = int64_t{1} << 27;  // packed heads that are held at a time
+constexpr int64_t PACKED_BYTES = int64_t{1} << 22;  // packed heads held at a time by a thread: still in the last cache when they are read
 constexpr int64_t PACK_STEP = 64;                   // panels that one thread packs at a time
 
 // Whether fp32 values can be read where they lie.
-bool rows_in_place(const View& v) { return v.dtype == F32 && v.stride[3] == 1 && v.shape[3] % PANEL_KEYS == 0; }
+bool rows_in_place(const Kernels& k, const View& v) {
+  return !k.value_panels && v.dtype == F32 && v.stride[3] == 1 && v.shape[3] % PANEL_KEYS == 0;
+}
 
 struct Packed {
   Buffer<char> keys, values;
@@ -51,7 +53,9 @@ void pack(const Attention& a, const Plan& plan, const Kernels& k, bool bf16, boo
         k.pack_values_bf16(a.v, b, h, p, stop, reinterpret_cast<uint16_t*>(values) + p * PANEL_KEYS * wide_v);
       } else {
         k.pack_keys(a.k, b, h, from, to, reinterpret_cast<float*>(keys) + from * PANEL_KEYS * wide_d);
-        if (!in_place)
+        if (k.value_panels)
+          k.pack_values(a.v, b, h, from, to, reinterpret_cast<float*>(values) + from * PANEL_KEYS * wide_v);
+        else if (!in_place)
           k.read_rows(a.v, b, h, from * PANEL_KEYS, std::min(plan.kv_len, to * PANEL_KEYS), wide_v, false,
                       reinterpret_cast<float*>(values) + from * PANEL_KEYS * wide_v);
       }
@@ -236,14 +240,14 @@ void attend(const Attention& a, const View& out, float* lse) {
   const Plan plan(a);
   const Kernels& k = kernels();
   const bool bf16 = k.bf16_tiles && a.q.dtype == BF16;
-  const bool in_place = !bf16 && rows_in_place(a.v);
+  const bool in_place = !bf16 && rows_in_place(k, a.v);
   const int64_t wide_v = up(a.v.shape[3], 16), wide_d = bf16 ? up(a.k.shape[3], 32) : a.k.shape[3];
   const int64_t padded_panels = up(plan.key_panels, 2);
   Packed packed;
   packed.key_bytes = padded_panels * PANEL_KEYS * wide_d * (bf16 ? 2 : 4);
   packed.value_bytes = in_place ? 0 : padded_panels * PANEL_KEYS * wide_v * (bf16 ? 2 : 4);
   const int64_t key_heads = plan.batch * plan.kv_heads;
-  const int64_t at_once = std::clamp<int64_t>(PACKED_BYTES / std::max<int64_t>(packed.key_bytes + packed.value_bytes, 1), 1, key_heads);
+  const int64_t at_once = std::clamp<int64_t>(PACKED_BYTES * std::max(a.threads, 1) / std::max<int64_t>(packed.key_bytes + packed.value_bytes, 1), 1, key_heads);
   packed.keys = Buffer<char>(at_once * packed.key_bytes);
   packed.values = Buffer<char>(at_once * packed.value_bytes);
   const int64_t scratch = k.tile_scratch(static_cast<int32_t>(a.k.shape[3]), static_cast<int32_t>(a.v.shape[3]), bf16);

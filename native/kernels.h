@@ -35,7 +35,7 @@ struct Tile {
   int64_t bias_stride;
   DType bias_dtype;
   const void* k;             // packed keys of this head
-  const void* v;             // values of this head: rows of fp32, or packed pairs of panels
+  const void* v;             // values of this head: rows or panels of fp32 (see Kernels), or packed pairs of panels
   int64_t v_stride;          // between rows of fp32 values
   int64_t kv_len;
   float scale, softcap;      // softcap 0: none
@@ -210,10 +210,12 @@ struct BlockScore {
 };
 
 struct Kernels {
-  bool bf16_tiles;  // whether attend_bf16 exists (AMX)
+  bool bf16_tiles;    // whether attend_bf16 exists (AMX)
+  bool value_panels;  // whether `attend` reads values in panels, else in rows
 
   // packing of panels first..last-1 of one head [kv_len][d]
   void (*pack_keys)(const View& k, int64_t b, int64_t h, int64_t first, int64_t last, float* out);         // [panel][d][16]
+  void (*pack_values)(const View& v, int64_t b, int64_t h, int64_t first, int64_t last, float* out);       // [panel][dv up to 16 / 16][16 keys][16]
   void (*pack_keys_bf16)(const View& k, int64_t b, int64_t h, int64_t first, int64_t last, uint16_t* out); // [panel][d/32][16][16][2]
   void (*pack_values_bf16)(const View& v, int64_t b, int64_t h, int64_t first, int64_t last, uint16_t* out);  // pairs of panels
   void (*read_rows)(const View& x, int64_t b, int64_t h, int64_t first, int64_t last, int64_t padded, bool clean, float* out);

@@ -79,8 +79,12 @@ void attend_wheel(const OffsetAttention& a, const Wheel& wheel, const View& out,
       } else {
         kernel.pack_keys(k, 0, 0, 0, count, reinterpret_cast<float*>(keys));
         float* rows = reinterpret_cast<float*>(values);
-        kernel.read_rows(v, 0, 0, 0, g.keys, dv, false, rows);
-        std::fill(rows + g.keys * dv, rows + count * PANEL_KEYS * dv, 0.0f);
+        if (kernel.value_panels) {
+          kernel.pack_values(v, 0, 0, 0, count, rows);
+        } else {
+          kernel.read_rows(v, 0, 0, 0, g.keys, dv, false, rows);
+          std::fill(rows + g.keys * dv, rows + count * PANEL_KEYS * dv, 0.0f);
+        }
       }
     });
     const int64_t per_head = static_cast<int64_t>(cut.tiles.size());

@@ -126,6 +126,50 @@ static inline void times_rows(const float* a, int64_t rs, int64_t ks, int rows, 
   for (; j + PANEL <= columns; j += PANEL) rows_columns<PANEL_VECS>(a, rs, ks, rows, n, row, j, c, ldc);
 }
 
+// c[r][i] += sum_k a[r * rs + k] * panel[k / 16][from + k % 16 * 16 + i] over 16 columns of values that lie in panels
+template <int R>
+static inline void value_block(const float* a, int64_t rs, int panels, const float* const* panel, int64_t from, float* c, int64_t ldc) {
+  vf acc[R][PANEL_VECS];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < PANEL_VECS; ++j) acc[r][j] = load(c + r * ldc + j * LANES);
+  for (int p = 0; p < panels; ++p, a += PANEL) {
+    const float* at = panel[p] + from;
+    for (int k = 0; k < PANEL; ++k) {
+      vf b[PANEL_VECS];
+#pragma GCC unroll 8
+      for (int j = 0; j < PANEL_VECS; ++j) b[j] = load(at + k * PANEL + j * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const vf x = splat(a[r * rs + k]);
+#pragma GCC unroll 8
+        for (int j = 0; j < PANEL_VECS; ++j) acc[r][j] += x * b[j];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < PANEL_VECS; ++j) store(c + r * ldc + j * LANES, acc[r][j]);
+}
+
+// c [rows][columns] += a [rows][panels * 16] times panels of values [columns / 16][16][16]. With `ends`, every GEMM_ROWS rows read so
+// many panels. The columns come outermost: 16 of them stay in the first cache while every row of `a` passes.
+static inline void times_values(const float* a, int64_t rs, int rows, const float* const* panel, int panels, const int* ends, int columns,
+                                float* c, int64_t ldc) {
+  const auto length = [&](int r) { return ends ? ends[r / GEMM_ROWS] : panels; };
+  for (int j = 0; j < columns; j += PANEL) {
+    const int64_t from = (int64_t)j * PANEL;
+    int r = 0;
+    for (; r + GEMM_ROWS <= rows; r += GEMM_ROWS) value_block<GEMM_ROWS>(a + r * rs, rs, length(r), panel, from, c + r * ldc + j, ldc);
+    if constexpr (GEMM_ROWS > 4)
+      for (; r + 4 <= rows; r += 4) value_block<4>(a + r * rs, rs, length(r), panel, from, c + r * ldc + j, ldc);
+    for (; r + 2 <= rows; r += 2) value_block<2>(a + r * rs, rs, length(r), panel, from, c + r * ldc + j, ldc);
+    for (; r < rows; ++r) value_block<1>(a + r * rs, rs, length(r), panel, from, c + r * ldc + j, ldc);
+  }
+}
+
 constexpr int64_t GATHERED_BYTES = 16384;  // half of the first cache of machines with 8 lanes
 
 // 16 columns of all rows side by side: rows that are a power of two apart share few sets of the cache, and where many read them

@@ -16,38 +16,78 @@ void read_rows(const View& x, int64_t b, int64_t h, int64_t first, int64_t last,
 
 void put_row(const float* x, int64_t n, void* out, int64_t stride, DType dtype) { write_row(x, (int)n, out, stride, dtype); }
 
+// The first channels of 16 whole keys whose channels are consecutive, transposed in registers; how many that were.
+template <DType T>
+static inline int transpose_keys(const char* keys, int64_t bytes, int d, float* out) {
+  constexpr int SIZE = T == F32 ? 4 : 2;
+  int c = 0;
+#if defined(__AVX512F__)
+  for (; c + 16 <= d; c += 16) {
+    __m512 r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = (__m512)load_as_float(keys + i * bytes + c * SIZE, 0, T);
+    transpose16(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + (c + i) * PANEL, r[i]);
+  }
+#elif defined(__AVX2__)
+  for (; c + 8 <= d; c += 8)
+    for (int half = 0; half < PANEL; half += 8) {
+      const char* from = keys + half * bytes + c * SIZE;
+      __m256 r[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) r[i] = (__m256)load_as_float(from + i * bytes, 0, T);
+      transpose8(r);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) _mm256_storeu_ps(out + (c + i) * PANEL + half, r[i]);
+    }
+#endif
+  return c;
+}
+
 void pack_keys(const View& k, int64_t b, int64_t h, int64_t first, int64_t last, float* out) {
   const int d = (int)k.shape[3];
+  const int64_t bytes = k.stride[2] * (k.dtype == F32 ? 4 : 2);
   for (int64_t p = first; p < last; ++p, out += (int64_t)d * PANEL) {
     const int64_t base = p * PANEL;
     const int there = (int)(k.shape[2] - base < PANEL ? k.shape[2] - base : PANEL);
     int c = 0;
-#if defined(__AVX512F__)
     if (there == PANEL && k.stride[3] == 1) {
-      for (; c + 16 <= d; c += 16) {
-        __m512 r[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) r[i] = (__m512)load_as_float(at(k, b, h, base + i, c), 0, k.dtype);
-        transpose16(r);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + (c + i) * PANEL, r[i]);
-      }
+      const char* keys = at(k, b, h, base, 0);
+      if (k.dtype == F32) c = transpose_keys<F32>(keys, bytes, d, out);
+      if (k.dtype == F16) c = transpose_keys<F16>(keys, bytes, d, out);
+      if (k.dtype == BF16) c = transpose_keys<BF16>(keys, bytes, d, out);
     }
-#elif defined(__AVX2__)
-    if (there == PANEL && k.stride[3] == 1) {
-      for (; c + 8 <= d; c += 8)
-        for (int half = 0; half < PANEL; half += 8) {
-          __m256 r[8];
-#pragma GCC unroll 8
-          for (int i = 0; i < 8; ++i) r[i] = (__m256)load_as_float(at(k, b, h, base + half + i, c), 0, k.dtype);
-          transpose8(r);
-#pragma GCC unroll 8
-          for (int i = 0; i < 8; ++i) _mm256_storeu_ps(out + (c + i) * PANEL + half, r[i]);
-        }
-    }
-#endif
     for (int i = 0; i < PANEL; ++i)
       for (int j = c; j < d; ++j) out[j * PANEL + i] = i < there ? read_one(at(k, b, h, base + i, j), 0, k.dtype) : 0.0f;
+  }
+}
+
+template <DType T>
+static inline void split_values(const char* values, int64_t bytes, int wide, float* out) {
+  constexpr int SIZE = T == F32 ? 4 : 2;
+  for (int c = 0; c < wide; c += PANEL)
+    for (int i = 0; i < PANEL; ++i, out += PANEL)
+      for (int j = 0; j < PANEL; j += LANES) store(out + j, load_as_float(values + i * bytes + (c + j) * SIZE, 0, T));
+}
+
+void pack_values(const View& v, int64_t b, int64_t h, int64_t first, int64_t last, float* out) {
+  const int dv = (int)v.shape[3], wide = (int)up(dv, PANEL);
+  const int64_t bytes = v.stride[2] * (v.dtype == F32 ? 4 : 2);
+  for (int64_t p = first; p < last; ++p, out += (int64_t)wide * PANEL) {
+    const int64_t base = p * PANEL;
+    if (base + PANEL <= v.shape[2] && v.stride[3] == 1 && dv == wide) {
+      const char* values = at(v, b, h, base, 0);
+      if (v.dtype == F32) split_values<F32>(values, bytes, wide, out);
+      if (v.dtype == F16) split_values<F16>(values, bytes, wide, out);
+      if (v.dtype == BF16) split_values<BF16>(values, bytes, wide, out);
+      continue;
+    }
+    for (int c = 0; c < wide; c += PANEL)
+      for (int i = 0; i < PANEL; ++i) {
+        const int there = base + i < v.shape[2] ? dv - c < PANEL ? dv - c : PANEL : 0;
+        read_row(there ? at(v, b, h, base + i, c) : nullptr, v.stride[3], v.dtype, there, PANEL, out + (int64_t)c * PANEL + i * PANEL);
+      }
   }
 }
 

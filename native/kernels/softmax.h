@@ -87,15 +87,17 @@ static inline void finish(const Tile& t, const Softmax& x, const float* marks, i
     for (int64_t i = 0; i < (int64_t)t.rows * wide; ++i) t.o[i] += marks[i];
 }
 
-// A value that is not finite reaches exactly the rows that attend to its key; everyone else sees zero in its place.
+// A value that is not finite reaches exactly the rows that attend to its key; everyone else sees zero in its place. Every 16 channels
+// of `v` and `clean` begin `apart` floats behind the last.
 static inline void mark_non_finite(const Tile& t, float* marks, const float* s, const float* v, float* clean, int column, int dv,
-                                   int wide) {
+                                   int wide, int apart = PANEL) {
   const float infinity = __builtin_inff();
   for (int c = 0; c < wide; ++c) {
-    const float x = v[c];
-    clean[c] = x;
+    const int at = c / PANEL * apart + c % PANEL;
+    const float x = v[at];
+    clean[at] = x;
     if (c < dv && x - x != 0.0f) {
-      clean[c] = 0.0f;
+      clean[at] = 0.0f;
       for (int r = 0; r < t.rows; ++r)
         if (s[(int64_t)r * S_STRIDE + column] > -infinity) marks[(int64_t)r * wide + c] += x;
     }

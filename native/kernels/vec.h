@@ -157,12 +157,13 @@ static inline vf exp2_(vf x) {
 // 2^n from n + MAGIC, whose last bits are those of n, from -126 to 127
 static inline vf power(vf above) { return (vf)(((vi)above + 127) << 23); }
 
-// (Just below 2^-126 lie denormal numbers, which cost a hundred times as much: what is masked must not become one on its way.)
+// (What lies below 2^-126.5 is 0. Just below 2^-126 lie denormal numbers, which cost a hundred times as much: what is masked must not
+// become one on its way.)
 template <int Terms>
 static inline vf exp2_(vf x) {
-  const vi tiny = x < splat(-125.0f);
-  x = max_(splat(-125.0f), x);
-  const vf above = x + MAGIC, f = x - (above - MAGIC);
+  constexpr float BIASED = MAGIC + 127.0f;  // the bits of x + BIASED end in those of a power's exponent; at -127 they make it zero
+  x = max_(splat(-127.0f), x);
+  const vf above = x + BIASED, f = x - (above - BIASED);
   vf p;
   if constexpr (Terms >= 6) {
     p = splat(1.3276472454890609e-3f);
@@ -178,7 +179,7 @@ static inline vf exp2_(vf x) {
     p = p * f + 6.931217908859253e-1f;
     p = p * f + 9.999992847442627e-1f;
   }
-  return (vf)(~tiny & (vi)(p * power(above)));
+  return p * (vf)((vi)above << 23);
 }
 
 #endif
