@@ -51,7 +51,7 @@ static inline vf weight(vf x) {
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // takes the floor itself
 #else
   x = max_(splat(-126.0f), min_(splat(127.0f), x));  // what overflows must be seen to
-  const vf above = x + MAGIC, f = x - (above - MAGIC);
+  const vf above = x + BIASED, f = x - (above - BIASED);
   vf p = splat(5.51716685295105e-2f);
   p = p * f + 2.426111251115799e-1f;
   p = p * f + 6.932609677314758e-1f;

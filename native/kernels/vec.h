@@ -154,14 +154,15 @@ static inline vf exp2_(vf x) {
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
 }
 #else
-// 2^n from n + MAGIC, whose last bits are those of n, from -126 to 127
-static inline vf power(vf above) { return (vf)(((vi)above + 127) << 23); }
+constexpr float BIASED = MAGIC + 127.0f;  // the bits of n + BIASED end in those of the exponent of 2^n
+
+// 2^n from n + BIASED, for n from -126 to 127; -127 gives 0
+static inline vf power(vf above) { return (vf)((vi)above << 23); }
 
 // (What lies below 2^-126.5 is 0. Just below 2^-126 lie denormal numbers, which cost a hundred times as much: what is masked must not
 // become one on its way.)
 template <int Terms>
 static inline vf exp2_(vf x) {
-  constexpr float BIASED = MAGIC + 127.0f;  // the bits of x + BIASED end in those of a power's exponent; at -127 they make it zero
   x = max_(splat(-127.0f), x);
   const vf above = x + BIASED, f = x - (above - BIASED);
   vf p;
@@ -179,7 +180,7 @@ static inline vf exp2_(vf x) {
     p = p * f + 6.931217908859253e-1f;
     p = p * f + 9.999992847442627e-1f;
   }
-  return p * (vf)((vi)above << 23);
+  return p * power(above);
 }
 
 #endif
