@@ -248,7 +248,7 @@ void Gate::measure(int64_t b, int64_t kv, int64_t from, int64_t n, const int8_t*
   for (int64_t j = 0; j < n; ++j, codes += wide_) {
     int32_t squares = 0;  // of twice the levels
     for (int64_t c = 0; c < d_; ++c) {
-      const int32_t twice = t_.bits == 8 ? 2 * codes[c] + 1 : codes[c];
+      const int32_t twice = twice_level(k_.plain_codes, codes[c], t_.bits);
       squares += twice * twice;
     }
     errors[2 * padded + from + j] = static_cast<float>(0.5 * std::sqrt(static_cast<double>(squares)) * step[j] * (1 + 0x1p-12));

@@ -33,7 +33,7 @@ void GateRows::group_keys(const Head& head, int64_t first, int64_t last, float* 
     const auto decode = [&](int64_t j) {
       const int8_t* code = head.codes + j * wide_;
       const float step = head.step[j];
-      for (int64_t c = 0; c < d_; ++c) row[c] = step * static_cast<float>(t_.bits == 8 ? 2 * code[c] + 1 : code[c]);
+      for (int64_t c = 0; c < d_; ++c) row[c] = step * static_cast<float>(twice_level(k_.plain_codes, code[c], t_.bits));
     };
     std::fill_n(centre, d_, 0.0f);
     for (int64_t j = from; j < to; ++j) {

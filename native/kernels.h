@@ -147,16 +147,22 @@ struct Lanes {
   const int32_t* part_before;               // [kv_len + 1] how many keys before this one take part, or null
 };
 
+// Twice the level that an expanded code stands for. `plain`: Kernels::plain_codes.
+inline int32_t twice_level(bool plain, int8_t code, int32_t bits) {
+  if (plain) return 2 * static_cast<uint8_t>(code) - ((1 << bits) - 1);
+  return bits == 8 ? 2 * code + 1 : code;
+}
+
 // Estimates of blocks from their keys: log2 sum 2^(factor * step_j * (row_j . q)), capped where asked.
 struct KeyScore {
   Lanes lanes;
-  const int8_t* codes;     // [kv_len up to 32, and 32 more][wide] twice the level (less one where bits are 8), or null: keys themselves
+  const int8_t* codes;     // [kv_len up to 32, and 32 more][wide] what twice_level reads, or null: keys themselves
   int32_t bits;
   const View* key;         // read where codes is null
   int64_t b, h;
   const float* step;       // [kv_len up to 16] scale of each key; null: 1
   const float* shift;      // [kv_len up to 16] -1.5 * 2^23 * step
-  const int32_t* origin;   // [as many as codes] bits of 1.5 * 2^23 less 128 times the sum of a key's codes
+  const int32_t* origin;   // [as many as codes] bits of 1.5 * 2^23 less 128 times the sum of a key's codes; unread where codes are plain
   int32_t d, wide;         // wide: d up to a multiple of 64
   const int8_t* q_codes;   // [wide / 4][16][4], or null where queries are not rounded
   const float* q;          // [wide][16]
@@ -302,7 +308,8 @@ struct Kernels {
   int64_t (*key_run_scratch)(int64_t block_size, int32_t d);
 
   // gate
-  int32_t integer_bits;  // of codes that rounded queries of the sketch meet in integer dot products (8: AMX, VNNI; 0: none)
+  int32_t integer_bits;  // of codes that rounded queries of the sketch meet in integer dot products (8: AMX, VNNI; 7: AVX2; 0: none)
+  bool plain_codes;      // whether expanded codes are 0 to 2^bits - 1, else twice the level, less one where bits are 8
   void (*expand_codes)(const uint8_t* planes, int64_t plane_stride, int32_t sketch_bits, int32_t bits, int64_t keys, int32_t d,
                        int32_t wide, int8_t* out, int32_t* origin);  // origin: of KeyScore
   void (*read_steps)(const uint16_t* scale, int64_t keys, float by, float* step, float* shift);

@@ -18,6 +18,8 @@ static inline __m256i add_plane(const uint8_t* at, __m256i codes, int weight) {
 }
 #endif
 
+bool plain_codes() { return PLAIN_CODES; }
+
 void expand_codes(const uint8_t* planes, int64_t plane_stride, int32_t sketch_bits, int32_t bits, int64_t keys, int32_t d,
                   int32_t wide, int8_t* out, int32_t* origin) {
   (void)sketch_bits;  // the leading planes are the coarser copy
@@ -45,16 +47,16 @@ void expand_codes(const uint8_t* planes, int64_t plane_stride, int32_t sketch_bi
     for (; c + 32 <= d; c += 32) {
       __m256i x = _mm256_setzero_si256();
       for (int p = 0; p < bits; ++p) x = add_plane(planes + p * plane_stride + j * bytes + c / 8, x, 1 << (bits - 1 - p));
-      x = bits == 8 ? _mm256_sub_epi8(x, _mm256_set1_epi8((char)128)) : _mm256_sub_epi8(_mm256_add_epi8(x, x), _mm256_set1_epi8((char)odd));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + c), x);
     }
 #endif
     for (; c < d; ++c) {
       int code = 0;
       for (int p = 0; p < bits; ++p) code = code << 1 | ((planes[p * plane_stride + j * bytes + c / 8] >> (7 - c % 8)) & 1);
-      out[c] = (int8_t)(bits == 8 ? code - 128 : 2 * code - odd);
+      out[c] = (int8_t)(PLAIN_CODES ? code : bits == 8 ? code - 128 : 2 * code - odd);
     }
     for (; c < wide; ++c) out[c] = 0;
+    if (PLAIN_CODES) continue;
     int32_t bits_of_magic, total = 0;
     memcpy(&bits_of_magic, &MAGIC, 4);
     for (c = 0; c < d; ++c) total += out[c];

@@ -65,6 +65,7 @@ void channel_scale(const View& key, int64_t b, int64_t h, const uint8_t* part, f
 void summarise(const KeyRun& run);
 int64_t key_run_scratch(int64_t block_size, int32_t d);
 int32_t integer_bits();
+bool plain_codes();
 void expand_codes(const uint8_t* planes, int64_t plane_stride, int32_t sketch_bits, int32_t bits, int64_t keys, int32_t d,
                   int32_t wide, int8_t* out, int32_t* origin);
 void read_steps(const uint16_t* scale, int64_t keys, float by, float* step, float* shift);

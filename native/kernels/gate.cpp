@@ -11,14 +11,13 @@ namespace SIEVE_LEVEL {
 constexpr int CHUNK_KEYS = 32;  // keys whose dot products are made together
 constexpr float SUM_LOW = 8.6736174e-19f, SUM_HIGH = 1.2676506e30f;  // 2^-60, 2^100: sums between them lost nothing
 
-// Bits of the codes that rounded queries may meet in integer products. Where two products are added in 16 bits, more do not fit.
+// Bits of the codes that rounded queries may meet in integer products. Where they are added in 16 bits, a pair of 8 bits does not fit.
 #if defined(__AMX_INT8__) || defined(__AVX512VNNI__)
 #define SIEVE_INTEGERS
 int32_t integer_bits() { return 8; }
-#elif defined(__AVX2__) && !defined(__AVX512F__)
+#elif defined(SIEVE_PAIRS)
 #define SIEVE_INTEGERS
-#define SIEVE_PAIRS
-int32_t integer_bits() { return 6; }
+int32_t integer_bits() { return 7; }
 #else
 int32_t integer_bits() { return 0; }
 #endif
@@ -70,7 +69,7 @@ static uint32_t careful(const KeyScore& s, int64_t base, int n, const float* dot
       store(keep, x);
     }
     const vi served = (total >= splat(SUM_LOW)) & (total <= splat(SUM_HIGH));
-    vf result = log2_(select(served, total, splat(1.0f))) + usual;
+    vf result = short_log2(select(served, total, splat(1.0f))) + usual;
     const vi off = seen & ~served;
     if (any_lane(off)) {
       const vf own = select((top > splat(-1e30f)) & (top < splat(1e30f)), round_even(top), vf{});
@@ -79,7 +78,7 @@ static uint32_t careful(const KeyScore& s, int64_t base, int n, const float* dot
         const vf x = load(logits + j * LANE_ROWS + v * LANES) - own;
         total += weight(x > splat(-100.0f) ? (x < splat(1.0f) ? x : splat(1.0f)) : splat(-100.0f));
       }
-      vf other = select(top > splat(-infinity), own + log2_(max_(total, splat(1e-30f))), splat(-infinity));
+      vf other = select(top > splat(-infinity), own + short_log2(max_(total, splat(1e-30f))), splat(-infinity));
       other = select(top == splat(infinity), splat(infinity), other);
       other = select(unknown | (other < splat(LOWEST)), splat(LOWEST), other);
       result = select(off, other, result);
@@ -90,36 +89,42 @@ static uint32_t careful(const KeyScore& s, int64_t base, int n, const float* dot
   return unserved;
 }
 
-#if defined(SIEVE_INTEGERS) && !defined(__AMX_INT8__)
+#if defined(SIEVE_INTEGERS) && !defined(SIEVE_PAIRS) && !defined(__AMX_INT8__)
 static inline void make_unsigned(const int8_t* q, int64_t n, uint8_t* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = (uint8_t)(q[i] ^ -128);
 }
 #endif
 
 #if defined(SIEVE_PAIRS)
-// As below, from products of 16 bits: `Steps` pairs are added before they are widened.
+// What the products of a row begin with: the bits of MAGIC, less what codes count too much where twice their level is meant.
+static inline void row_origins(const int8_t* q, int64_t wide, int bits, int32_t* origin) {
+  int32_t magic;
+  memcpy(&magic, &MAGIC, 4);
+  for (int i = 0; i < LANE_ROWS; ++i) origin[i] = magic;
+  for (int64_t c = 0; c < wide; c += 4)
+    for (int i = 0; i < LANE_ROWS; ++i, q += 4) origin[i] -= ((1 << bits) - 1) * (q[0] + q[1] + q[2] + q[3]);
+}
+
+// dots [keys up to 4][16] = twice the codes times queries, as integers on top of `origin` [16]. `Steps` pairs of products are added in
+// 16 bits before they are widened.
 template <int Steps>
-static inline void unsigned_dots(const int8_t* codes, int64_t wide, const uint8_t* q, const int32_t* origin, int keys,
-                                 float* dots) {
+static inline void paired_dots(const int8_t* codes, int64_t wide, const int8_t* q, const int32_t* origin, int keys, float* dots) {
   constexpr int CHAINS = 4;  // queries are loaded once for all; their sums wait in memory meanwhile
   for (int j = 0; j < keys; j += CHAINS) {
-    __m256i sum[CHAINS][PANEL_VECS];
-#pragma GCC unroll 4
-    for (int i = 0; i < CHAINS; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < PANEL_VECS; ++v) sum[i][v] = _mm256_set1_epi32(origin[j + i]);
+    __m256i_u* sum = reinterpret_cast<__m256i_u*>(dots + (int64_t)j * LANE_ROWS);
     for (int64_t c = 0; c < wide; c += 4 * Steps) {
+      const int8_t *key = codes + j * wide + c, *four_channels = q + c * LANE_ROWS;
       __m256i part[CHAINS][PANEL_VECS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int p = 0; p < Steps; ++p)
 #pragma GCC unroll 2
         for (int v = 0; v < PANEL_VECS; ++v) {
-          const __m256i rows = _mm256_load_si256(reinterpret_cast<const __m256i*>(q + (c + 4 * p) * LANE_ROWS + v * LANES * 4));
+          const __m256i rows = _mm256_load_si256(reinterpret_cast<const __m256i*>(four_channels + 4 * p * LANE_ROWS + v * LANES * 4));
 #pragma GCC unroll 4
           for (int i = 0; i < CHAINS; ++i) {
             int32_t four;
-            memcpy(&four, codes + (j + i) * wide + c + 4 * p, 4);
-            const __m256i pairs = _mm256_maddubs_epi16(rows, _mm256_set1_epi32(four));
+            memcpy(&four, key + i * wide + 4 * p, 4);
+            const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(four), rows);
             part[i][v] = p ? _mm256_add_epi16(part[i][v], pairs) : pairs;
             asm("" : "+x"(part[i][v]));  // added one after the other: as a tree they would not fit the registers
           }
@@ -127,14 +132,11 @@ static inline void unsigned_dots(const int8_t* codes, int64_t wide, const uint8_
 #pragma GCC unroll 4
       for (int i = 0; i < CHAINS; ++i)
 #pragma GCC unroll 2
-        for (int v = 0; v < PANEL_VECS; ++v)
-          sum[i][v] = _mm256_add_epi32(sum[i][v], _mm256_madd_epi16(part[i][v], _mm256_set1_epi16(1)));
+        for (int v = 0; v < PANEL_VECS; ++v) {
+          const __m256i before = c ? sum[i * PANEL_VECS + v] : _mm256_load_si256(reinterpret_cast<const __m256i*>(origin + v * LANES));
+          sum[i * PANEL_VECS + v] = _mm256_add_epi32(before, _mm256_madd_epi16(part[i][v], _mm256_set1_epi16(2)));
+        }
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < CHAINS; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < PANEL_VECS; ++v)
-        *reinterpret_cast<vi_any*>(dots + (int64_t)(j + i) * LANE_ROWS + v * LANES) = (vi)sum[i][v];
   }
 }
 #elif defined(SIEVE_INTEGERS) && !defined(__AMX_INT8__)
@@ -231,6 +233,9 @@ static void score_keys_by(const KeyScore& s) {
     _tile_loadd(4, s.q_codes, 64);
     if (steps > 1) _tile_loadd(5, s.q_codes + 1024, 64);
   }
+#elif defined(SIEVE_PAIRS)
+  alignas(64) int32_t origin[LANE_ROWS];
+  if (Tiles) row_origins(s.q_codes, s.wide, s.bits, origin);
 #elif defined(SIEVE_INTEGERS)
   alignas(64) uint8_t unsigned_q[LANE_ROWS * (MOST_CHANNELS + 64)];
   if (Tiles) make_unsigned(s.q_codes, s.wide * LANE_ROWS, unsigned_q);
@@ -248,9 +253,9 @@ static void score_keys_by(const KeyScore& s) {
       else
         tile_dots<0>(codes, s.wide, steps, s.q_codes, magic, keys, out);
 #elif defined(SIEVE_PAIRS)
-      // a pair of products is at most 255 * 2 * code: 4, 2 and 1 of them fit 16 bits
-      const auto dots_by = s.bits <= 4 ? unsigned_dots<4> : s.bits == 5 ? unsigned_dots<2> : unsigned_dots<1>;
-      dots_by(s.codes + first * s.wide, s.wide, unsigned_q, s.origin + first, keys, out);
+      // a pair of products is at most 2 * 127 * code: 8, 4, 2 and 1 of them fit 16 bits
+      const auto dots_by = s.bits <= 4 ? paired_dots<8> : s.bits == 5 ? paired_dots<4> : s.bits == 6 ? paired_dots<2> : paired_dots<1>;
+      dots_by(s.codes + first * s.wide, s.wide, s.q_codes, origin, keys, out);
 #elif defined(SIEVE_INTEGERS)
       unsigned_dots(s.codes + first * s.wide, s.wide, unsigned_q, s.origin + first, keys, out);
 #endif
@@ -264,7 +269,7 @@ static void score_keys_by(const KeyScore& s) {
   auto finish = [&](int64_t until) {
     for (; waiting < until; ++waiting) {
       float* out = s.out + (waiting - l.first) * LANE_ROWS;
-      for (int v = 0; v < PANEL_VECS; ++v) store(out + v * LANES, log2_(load(out + v * LANES)) + load(base_of + v * LANES));
+      for (int v = 0; v < PANEL_VECS; ++v) store(out + v * LANES, short_log2(load(out + v * LANES)) + load(base_of + v * LANES));
     }
   };
   multiply(l.first, dots[0]);

@@ -1,6 +1,7 @@
 // Keys of the gate as rows of floats: their codes, or the keys themselves.
 #pragma once
 #include "kernels.h"
+#include "kernels/lanes.h"
 #include "kernels/vec.h"
 
 namespace sieve {
@@ -24,14 +25,13 @@ static inline void read_keys(const KeyScore& s, int64_t first, int n, float* row
       _mm512_storeu_ps(row + c, _mm512_cvtepi32_ps(x));
     }
 #elif defined(__AVX2__)
-    const __m256i one = _mm256_set1_epi32(s.bits == 8 ? 1 : 0);
+    const __m256i odd = _mm256_set1_epi32((1 << s.bits) - 1);
     for (; c < s.wide; c += 8) {
-      __m256i x = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(code + c)));
-      if (s.bits == 8) x = _mm256_add_epi32(_mm256_add_epi32(x, x), one);
-      _mm256_storeu_ps(row + c, _mm256_cvtepi32_ps(x));
+      const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(code + c)));
+      _mm256_storeu_ps(row + c, _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(x, x), odd)));
     }
 #else
-    for (; c < s.wide; ++c) row[c] = s.bits == 8 ? (float)(2 * code[c] + 1) : (float)code[c];
+    for (; c < s.wide; ++c) row[c] = (float)twice_level(PLAIN_CODES, code[c], s.bits);
 #endif
     // behind the last channel the query is zero, whatever the code
   }

@@ -16,16 +16,17 @@ void read_rows(const View& x, int64_t b, int64_t h, int64_t first, int64_t last,
 
 void put_row(const float* x, int64_t n, void* out, int64_t stride, DType dtype) { write_row(x, (int)n, out, stride, dtype); }
 
-// The first channels of 16 whole keys whose channels are consecutive, transposed in registers; how many that were.
+constexpr int64_t size_of_one(DType t) { return t == F32 ? 4 : 2; }
+
+// The first channels of 16 whole keys whose channels are consecutive, where possible in registers; how many that were.
 template <DType T>
 static inline int transpose_keys(const char* keys, int64_t bytes, int d, float* out) {
-  constexpr int SIZE = T == F32 ? 4 : 2;
   int c = 0;
 #if defined(__AVX512F__)
   for (; c + 16 <= d; c += 16) {
     __m512 r[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) r[i] = (__m512)load_as_float(keys + i * bytes + c * SIZE, 0, T);
+    for (int i = 0; i < 16; ++i) r[i] = (__m512)load_as_float(keys + i * bytes, c, T);
     transpose16(r);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + (c + i) * PANEL, r[i]);
@@ -33,21 +34,24 @@ static inline int transpose_keys(const char* keys, int64_t bytes, int d, float* 
 #elif defined(__AVX2__)
   for (; c + 8 <= d; c += 8)
     for (int half = 0; half < PANEL; half += 8) {
-      const char* from = keys + half * bytes + c * SIZE;
+      const char* from = keys + half * bytes;
       __m256 r[8];
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) r[i] = (__m256)load_as_float(from + i * bytes, 0, T);
+      for (int i = 0; i < 8; ++i) r[i] = (__m256)load_as_float(from + i * bytes, c, T);
       transpose8(r);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) _mm256_storeu_ps(out + (c + i) * PANEL + half, r[i]);
     }
+#else
+  for (; c < d; ++c)
+    for (int i = 0; i < PANEL; ++i) out[c * PANEL + i] = read_one(keys + i * bytes, c, T);
 #endif
   return c;
 }
 
 void pack_keys(const View& k, int64_t b, int64_t h, int64_t first, int64_t last, float* out) {
   const int d = (int)k.shape[3];
-  const int64_t bytes = k.stride[2] * (k.dtype == F32 ? 4 : 2);
+  const int64_t bytes = k.stride[2] * size_of_one(k.dtype);
   for (int64_t p = first; p < last; ++p, out += (int64_t)d * PANEL) {
     const int64_t base = p * PANEL;
     const int there = (int)(k.shape[2] - base < PANEL ? k.shape[2] - base : PANEL);
@@ -65,15 +69,14 @@ void pack_keys(const View& k, int64_t b, int64_t h, int64_t first, int64_t last,
 
 template <DType T>
 static inline void split_values(const char* values, int64_t bytes, int wide, float* out) {
-  constexpr int SIZE = T == F32 ? 4 : 2;
   for (int c = 0; c < wide; c += PANEL)
     for (int i = 0; i < PANEL; ++i, out += PANEL)
-      for (int j = 0; j < PANEL; j += LANES) store(out + j, load_as_float(values + i * bytes + (c + j) * SIZE, 0, T));
+      for (int j = 0; j < PANEL; j += LANES) store(out + j, load_as_float(values + i * bytes, c + j, T));
 }
 
 void pack_values(const View& v, int64_t b, int64_t h, int64_t first, int64_t last, float* out) {
   const int dv = (int)v.shape[3], wide = (int)up(dv, PANEL);
-  const int64_t bytes = v.stride[2] * (v.dtype == F32 ? 4 : 2);
+  const int64_t bytes = v.stride[2] * size_of_one(v.dtype);
   for (int64_t p = first; p < last; ++p, out += (int64_t)wide * PANEL) {
     const int64_t base = p * PANEL;
     if (base + PANEL <= v.shape[2] && v.stride[3] == 1 && dv == wide) {

@@ -44,6 +44,16 @@ static inline __m512 sixteen_maxima(__m512 r[16]) {
   // 128-bit lane l, place p now holds vector p + 4 * (0, 2, 1, 3)[l]
   return _mm512_shuffle_f32x4(x, x, 0xd8);
 }
+#elif defined(__AVX2__)
+// The largest lane of each of eight vectors.
+static inline __m256 eight_maxima(__m256 r[8]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)  // halves: r[i] of i, i + 4
+    r[i] = _mm256_max_ps(_mm256_permute2f128_ps(r[i], r[i + 4], 0x20), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) r[i] = _mm256_max_ps(_mm256_unpacklo_ps(r[i], r[i + 2]), _mm256_unpackhi_ps(r[i], r[i + 2]));
+  return _mm256_max_ps(_mm256_unpacklo_ps(r[0], r[1]), _mm256_unpackhi_ps(r[0], r[1]));
+}
 #endif
 
 // best[i] = max(best[i], the largest of estimate - less over the lanes)
@@ -55,6 +65,16 @@ static inline void raise(const float* estimate, int64_t blocks, const vf* less, 
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) r[i] = _mm512_sub_ps(_mm512_loadu_ps(estimate + (b + i) * LANE_ROWS), (__m512)less[0]);
     _mm512_storeu_ps(best + b, _mm512_max_ps(sixteen_maxima(r), _mm512_loadu_ps(best + b)));
+  }
+#elif defined(__AVX2__)
+  for (; b + 8 <= blocks; b += 8) {
+    __m256 r[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const float* x = estimate + (b + i) * LANE_ROWS;
+      r[i] = (__m256)max_(load(x + LANES) - less[1], load(x) - less[0]);
+    }
+    _mm256_storeu_ps(best + b, _mm256_max_ps(eight_maxima(r), _mm256_loadu_ps(best + b)));
   }
 #endif
   for (; b < blocks; ++b) {

@@ -19,7 +19,7 @@ const Kernels table = {
     ternary_few, ternary_split, ternary_many, ternary_round, ternary_write, ternary_few_int8, ternary_many_int8,
     diagonal_scan,
     channel_scale, summarise, key_run_scratch,
-    integer_bits(), expand_codes, read_steps, prepare_lanes, score_keys, key_score_scratch, score_blocks,
+    integer_bits(), plain_codes(), expand_codes, read_steps, prepare_lanes, score_keys, key_score_scratch, score_blocks,
     largest_share, largest, mark_above, mark_mass, mark_largest,
     bracket_keys, bracket_scratch, widen, weigh, weigh_kept, stop_streams,
     attend_offsets, gradient_offsets,
