@@ -1,7 +1,10 @@
 // Forward and backward of every operation against plain loops, on every level, between guard pages.
 #include <cmath>
 
+#include "kernels.h"
+#include "level.h"
 #include "problem.h"
+#include "summary.h"
 
 using namespace sieve;
 
@@ -32,6 +35,29 @@ TEST(blocks_against_loops) { against_loops(BLOCKS, CASES); }
 TEST(ranges_against_loops) { against_loops(RANGES, CASES); }
 TEST(rows_against_loops) { against_loops(ROWS, CASES); }
 TEST(top_k_against_loops) { against_loops(TOP_K, CASES); }
+
+// Panels hold what their views hold, zeros behind the last key, and behind the last channel of values.
+TEST(keys_and_values_lie_in_panels) {
+  each_level([](const std::string& level) {
+    for (int n = 0; n < 3 * CASES; ++n) {
+      Random random(n + 1);
+      const int64_t d = random.between(1, 70), wide = up(d, 16), kv_len = random.between(1, 90), panels = up(kv_len, 16) / 16;
+      const int64_t first = random.below(panels), last = random.between(first + 1, panels), h = random.below(2);
+      note(level + ", case " + std::to_string(n) + ": keys " + std::to_string(kv_len) + ", d " + std::to_string(d));
+      Array x = make(random, static_cast<DType>(n % 3), {1, 2, kv_len, d}, static_cast<Layout>(random.below(LAYOUTS)));
+      fill(random, x);
+      const auto entry = [&](int64_t j, int64_t c) { return j < kv_len && c < d ? static_cast<float>(x.get(0, h, j, c)) : 0.0f; };
+      const Row<float> keys((last - first) * 16 * d), values((last - first) * 16 * wide);
+      kernels().pack_keys(x.view, 0, h, first, last, keys.get());
+      kernels().pack_values(x.view, 0, h, first, last, values.get());
+      for (int64_t j = first * 16; j < last * 16; ++j) {
+        const int64_t panel = j / 16 - first, i = j % 16;
+        for (int64_t c = 0; c < d; ++c) CHECK(keys[(panel * d + c) * 16 + i] == entry(j, c));
+        for (int64_t c = 0; c < wide; ++c) CHECK(values[panel * 16 * wide + c / 16 * 256 + i * 16 + c % 16] == entry(j, c));
+      }
+    }
+  });
+}
 
 // What is not finite reaches the rows that attend to it and nobody else.
 TEST(non_finite_and_denormal_numbers) {
