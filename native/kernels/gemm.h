@@ -15,16 +15,11 @@ constexpr int GEMM_ROWS = 2, GEMM_PANELS = 1;
 constexpr int GEMM_VECS = GEMM_PANELS * PANEL_VECS;
 constexpr int GEMM_COLS = GEMM_VECS * LANES;
 
-// c[r][q * 16 + i] = sum_k a[r * rs + k * ks] * panel[q][k * 16 + i], or += with Add
-template <int R, int Q, bool Add = false>
-static inline __attribute__((always_inline)) void panels_block(const float* a, int64_t rs, int64_t ks, int n,
-                                                               const float* const* panel, float* c, int64_t ldc) {
+// acc[r][columns of panel q] += sum_k a[r * rs + k * ks] * panel[q][k * 16 + i]
+template <int R, int Q>
+static inline __attribute__((always_inline)) void add_panels(vf (&acc)[R][Q * PANEL_VECS], const float* a, int64_t rs, int64_t ks, int n,
+                                                             const float* const* panel) {
   constexpr int C = Q * PANEL_VECS;
-  vf acc[R][C];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) acc[r][j] = Add ? load(c + r * ldc + j * LANES) : vf{};
   for (int k = 0; k < n; ++k) {
     vf b[C];
 #pragma GCC unroll 8
@@ -36,6 +31,19 @@ static inline __attribute__((always_inline)) void panels_block(const float* a, i
       for (int j = 0; j < C; ++j) acc[r][j] += x * b[j];
     }
   }
+}
+
+// c[r][q * 16 + i] = sum_k a[r * rs + k * ks] * panel[q][k * 16 + i], or += with Add
+template <int R, int Q, bool Add = false>
+static inline __attribute__((always_inline)) void panels_block(const float* a, int64_t rs, int64_t ks, int n,
+                                                               const float* const* panel, float* c, int64_t ldc) {
+  constexpr int C = Q * PANEL_VECS;
+  vf acc[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) acc[r][j] = Add ? load(c + r * ldc + j * LANES) : vf{};
+  add_panels<R, Q>(acc, a, rs, ks, n, panel);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -136,17 +144,7 @@ static inline void value_block(const float* a, int64_t rs, int panels, const flo
     for (int j = 0; j < PANEL_VECS; ++j) acc[r][j] = load(c + r * ldc + j * LANES);
   for (int p = 0; p < panels; ++p, a += PANEL) {
     const float* at = panel[p] + from;
-    for (int k = 0; k < PANEL; ++k) {
-      vf b[PANEL_VECS];
-#pragma GCC unroll 8
-      for (int j = 0; j < PANEL_VECS; ++j) b[j] = load(at + k * PANEL + j * LANES);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const vf x = splat(a[r * rs + k]);
-#pragma GCC unroll 8
-        for (int j = 0; j < PANEL_VECS; ++j) acc[r][j] += x * b[j];
-      }
-    }
+    add_panels<R, 1>(acc, a, rs, 1, PANEL, &at);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
