@@ -28,18 +28,25 @@ static inline void load_two(const char* p, int64_t column, vf* x) {
   }
 }
 
-// Where channel c of n lies after `load_two` of bf16; channels behind the last two whole vectors stay where they are.
-static inline int parted(int c, int n) {
-  const int at = c % (2 * LANES), whole = c - at;
-  return whole + 2 * LANES <= n ? whole + at / 2 + at % 2 * LANES : c;
-}
-
+// Channels in the order in which `load_two` of bf16 finds them, and back; those behind the last two whole vectors stay.
 static inline void part_channels(const float* from, int n, float* to) {
-  for (int c = 0; c < n; ++c) to[parted(c, n)] = from[c];
+  int c = 0;
+  for (; c + 2 * LANES <= n; c += 2 * LANES)
+    for (int i = 0; i < LANES; ++i) {
+      to[c + i] = from[c + 2 * i];
+      to[c + i + LANES] = from[c + 2 * i + 1];
+    }
+  for (; c < n; ++c) to[c] = from[c];
 }
 
 static inline void join_channels(const float* from, int n, float* to) {
-  for (int c = 0; c < n; ++c) to[c] = from[parted(c, n)];
+  int c = 0;
+  for (; c + 2 * LANES <= n; c += 2 * LANES)
+    for (int i = 0; i < LANES; ++i) {
+      to[c + 2 * i] = from[c + i];
+      to[c + 2 * i + 1] = from[c + i + LANES];
+    }
+  for (; c < n; ++c) to[c] = from[c];
 }
 
 // The sums of the lanes of LANES vectors, in their order.
@@ -60,9 +67,15 @@ static inline vf lane_sums(const vf* v) {
   };
   return (vf)halves(halves(four[0], four[1]), halves(four[2], four[3]));
 #elif defined(__AVX2__)
-  const auto two = [&](int i) { return _mm256_hadd_ps((__m256)v[i], (__m256)v[i + 1]); };
-  const __m256 a = _mm256_hadd_ps(two(0), two(2)), b = _mm256_hadd_ps(two(4), two(6));
-  return (vf)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  // a shuffle, a blend and a sum at each step: only half of the ports that multiply can shuffle
+  const auto fours = [](vf a, vf b) {
+    return _mm256_add_ps(_mm256_shuffle_ps((__m256)a, (__m256)b, 0x4e), _mm256_blend_ps((__m256)a, (__m256)b, 0xcc));
+  };
+  const auto twos = [](__m256 a, __m256 b) {
+    return _mm256_add_ps(_mm256_blend_ps(a, b, 0xaa), _mm256_permute_ps(_mm256_blend_ps(a, b, 0x55), 0xb1));
+  };
+  const __m256 a = twos(fours(v[0], v[2]), fours(v[1], v[3])), b = twos(fours(v[4], v[6]), fours(v[5], v[7]));
+  return (vf)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x21), _mm256_blend_ps(a, b, 0xf0));
 #else
   vf sums;
   for (int i = 0; i < LANES; ++i) sums[i] = sum(v[i]);
@@ -70,43 +83,62 @@ static inline vf lane_sums(const vf* v) {
 #endif
 }
 
+// Keeps a number that serves several products in a register: compilers would rather read it again for each of them.
+static inline void hold(vf& x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  asm("" : "+x"(x));
+#else
+  (void)x;
+#endif
+}
+
 // s [R][16] = q [R][d] times the keys of a panel; what stands behind the last key is any number. Key i asks for next[i]. Queries
-// of bf16 keys have their channels parted.
+// of bf16 keys have their channels parted. Lanes are summed once all keys are through: in between, that would hold up products.
 template <DType T, int R>
 static inline void dot_keys(const float* q, int d, const char* data, int64_t stride, int there, float* s, const char* const* next, int64_t next_bytes) {
-  constexpr int K = LANES / R;  // keys whose sums fill a vector
+  constexpr int K = LANES / R;  // keys at a time
+  vf part[R][PANEL];
 #pragma GCC unroll 1
   for (int key = 0; key < PANEL; key += K) {
     const char* at[K];
     for (int i = 0; i < K; ++i) at[i] = data + (key + i < there ? key + i : 0) * stride;
     if (next)
       for (int i = 0; i < K; ++i) ask(next[key + i], next_bytes);
-    vf total[LANES];
+    vf total[R][K];
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) total[i] = vf{};
+    for (int i = 0; i < LANES; ++i) total[i / K][i % K] = vf{};
     int c = 0;
 #pragma GCC unroll 1
     for (; c + 2 * LANES <= d; c += 2 * LANES)
-#pragma GCC unroll 16
-      for (int i = 0; i < K; ++i) {
-        vf y[2];
-        load_two<T>(at[i], c, y);
+#pragma GCC unroll 8
+      for (int i = 0; i < K; i += 2) {
+        vf y[2][2];
+        load_two<T>(at[i], c, y[0]);
+        load_two<T>(at[i + 1], c, y[1]);
 #pragma GCC unroll 2
         for (int h = 0; h < 2; ++h)
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) total[r * K + i] += load(q + (int64_t)r * d + c + h * LANES) * y[h];
+          for (int r = 0; r < R; ++r) {
+            vf x = load(q + (int64_t)r * d + c + h * LANES);
+            hold(x);
+            total[r][i] += x * y[0][h];
+            total[r][i + 1] += x * y[1][h];
+          }
       }
     if (c < d)
 #pragma GCC unroll 16
       for (int i = 0; i < K; ++i) {
         const vf y = load_as_float(at[i], c, T);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) total[r * K + i] += load(q + (int64_t)r * d + c) * y;
+        for (int r = 0; r < R; ++r) total[r][i] += load(q + (int64_t)r * d + c) * y;
       }
-    alignas(64) float sums[LANES];
-    store(sums, lane_sums(total));
-    for (int r = 0; r < R; ++r) memcpy(s + (int64_t)r * S_STRIDE + key, sums + r * K, K * sizeof(float));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int i = 0; i < K; ++i) part[r][key + i] = total[r][i];
   }
+  for (int r = 0; r < R; ++r)
+    for (int key = 0; key < PANEL; key += LANES) store(s + (int64_t)r * S_STRIDE + key, lane_sums(part[r] + key));
 }
 
 // `next` are the rows that the 16 keys ask for, or null
@@ -136,11 +168,10 @@ static inline void add_columns(const float* weight, int n, const char* const* ro
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) total[r][c] = load(o + r * wide + column + c * LANES);
-  for (int first = 0; first < n; first += ahead.step) {
-    const int last = first + ahead.step < n ? first + ahead.step : n;
+  for (int64_t j = 0; j < n;) {
     if (ahead.next < ahead.end) ask(*ahead.next++, ahead.bytes);
-#pragma GCC unroll 1
-    for (int j = first; j < last; ++j) {
+    const int64_t last = j + ahead.step < n ? j + ahead.step : n;
+    do {
       vf x[C];
       if constexpr (C == 1)
         x[0] = load_as_float(row[j], column, T);
@@ -153,7 +184,7 @@ static inline void add_columns(const float* weight, int n, const char* const* ro
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) total[r][c] += w * x[c];
       }
-    }
+    } while (++j < last);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
