@@ -83,6 +83,7 @@ struct LineTile {
 constexpr int SCAN_PANELS = 4;  // panels that are scanned together
 constexpr int SCAN_CHUNK = SCAN_PANELS * PANEL_KEYS;
 constexpr int SCAN_ROWS = 4;    // query rows of a group; every group has its own columns
+constexpr int SCAN_DIGIT = 254; // a digit of a query counts as many of the next
 
 // Rounded queries of one KV head against bit planes of its keys. A query is a sum of `digits` rows of integers; row r of group g
 // and digit e is row (g * digits + e) * SCAN_ROWS + r of everything below.
@@ -91,7 +92,8 @@ struct Scan {
   int32_t rows;            // that there are; the others up to a multiple of SCAN_ROWS are zero
   int32_t bits;            // planes that are read
   const void* query;       // as pack_scan made it
-  const float* factor;     // [groups][digits][SCAN_ROWS] base-2 logits of one unit of twice an integer dot, before the key's scale
+  const float* factor;     // [groups][digits][SCAN_ROWS] base-2 logits of one unit of twice an integer dot, before the key's scale;
+                           // of a digit, 1 / SCAN_DIGIT of that of the digit before
   const int32_t* centre;   // [groups][digits][SCAN_ROWS] (2^bits - 1) * sum of the integers
   const uint8_t* planes[8];   // plane p of key 0, most significant first
   int64_t key_stride;      // bytes from key to key
@@ -243,9 +245,9 @@ struct Kernels {
   // the (o, m, l) of `parts` tiles over different keys of the same rows, added up into the first; each o follows the last
   void (*merge)(const Tile& t, int parts, float* o, float* m, float* l);
 
-  // integers [rows][d], rows a multiple of SCAN_ROWS, packed for planes of `bits` bits
+  // integers [groups][digits][SCAN_ROWS][d], which are `rows` rows, packed for planes of `bits` bits
   int64_t (*scan_bytes)(int32_t d, int32_t rows);
-  void (*pack_scan)(const int8_t* q, int32_t d, int32_t rows, int32_t bits, void* out);
+  void (*pack_scan)(const int8_t* q, int32_t d, int32_t rows, int32_t digits, int32_t bits, void* out);
   // base-2 log mass of the visible keys of `chunks` x SCAN_PANELS panels from `first`: mass [panel][groups][SCAN_ROWS] (of this
   // call), with `norms` the 2-norm of each panel's weights as a share of their sum, and the largest key scale of each panel; `scratch` holds scan_scratch bytes
   void (*scan)(const Scan& s, int64_t first, int64_t chunks, float* mass, float* norms, float* largest, void* scratch);

@@ -40,14 +40,14 @@ ScanRow read_row(const Gate& g, int64_t b, int64_t kv, int64_t head, int64_t que
   return r;
 }
 
-// `stretched` as `digits` integers a channel, each 1 / 254 of the one before.
+// `stretched` as `digits` integers a channel, each 1 / SCAN_DIGIT of the one before.
 void round_row(const Gate& g, ScanRow& r, const float* stretched, int8_t* integers) {
   const int64_t d = g.q.shape[3];
   double lost = 0;
   for (int64_t c = 0; c < d && r.sound; ++c) {
     const float first = std::floor(stretched[c] / static_cast<float>(r.step) + 0.5f);
     double left = static_cast<double>(stretched[c]) / r.step, value = 0, unit = 1;
-    for (int e = 0; e < g.digits; ++e, left *= 254, unit /= 254) {
+    for (int e = 0; e < g.digits; ++e, left *= SCAN_DIGIT, unit /= SCAN_DIGIT) {
       const double whole = std::clamp(e ? std::floor(left + 0.5) : static_cast<double>(first), -127.0, 127.0);
       integers[e * SCAN_ROWS * d + c] = static_cast<int8_t>(whole);
       value += whole * unit;

@@ -334,7 +334,7 @@ void pack(const Gate& g, const GateUnit& u, int bits, Packed& out) {
   const int32_t d = static_cast<int32_t>(g.q.shape[3]), groups = static_cast<int32_t>(u.width / SCAN_ROWS);
   const int32_t rows = groups * g.digits * SCAN_ROWS;
   out.query = Buffer<char>(k.scan_bytes(d, rows));
-  k.pack_scan(u.integers.data(), d, rows, bits, out.query.get());
+  k.pack_scan(u.integers.data(), d, rows, g.digits, bits, out.query.get());
   out.factor.assign(rows, 0.0f);
   out.centre.assign(rows, 0);
   for (int32_t i = 0; i < rows; ++i) {
@@ -345,7 +345,7 @@ void pack(const Gate& g, const GateUnit& u, int bits, Packed& out) {
     out.centre[i] = ((1 << bits) - 1) * sum;
     if (r < u.rows.size())
       out.factor[i] = static_cast<float>(g.scale * LOG2E * u.rows[r].step * std::ldexp(0.5, g.sketch_bits - bits) /
-                                         std::pow(254.0, digit));
+                                         std::pow(SCAN_DIGIT, digit));
   }
   Scan& s = out.scan;
   s = Scan{};

@@ -25,7 +25,7 @@ int64_t lines_scratch(int32_t d, int32_t dv);
 void pack_rows_bf16(const View& q, int64_t b, const int64_t* head, const int64_t* query, int rows, uint16_t* out);
 void merge(const Tile& t, int parts, float* o, float* m, float* l);
 int64_t scan_bytes(int32_t d, int32_t rows);
-void pack_scan(const int8_t* q, int32_t d, int32_t rows, int32_t bits, void* out);
+void pack_scan(const int8_t* q, int32_t d, int32_t rows, int32_t digits, int32_t bits, void* out);
 void scan(const Scan& s, int64_t first, int64_t chunks, float* mass, float* norms, float* largest, void* scratch);
 int64_t scan_scratch(int32_t d, int32_t rows);
 void dot_rows(const float* q, int32_t rows, int32_t d, const void* items, DType dtype, int64_t stride, int64_t count, float* out);

@@ -84,6 +84,7 @@ static inline void chunk_dots(const Scan& s, int64_t first, int32_t* dots, uint8
 static inline void chunk_masses(const Scan& s, int64_t first, const int32_t* dots, float* scale, float* logits,
                                 float* mass, float* norms, float* largest) {
   const float infinity = __builtin_inff();
+  typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
   const int64_t base = first * PANEL, left = s.kv_len - base;
   const int there = (int)(left < SCAN_CHUNK ? left : SCAN_CHUNK);
 
@@ -92,14 +93,19 @@ static inline void chunk_masses(const Scan& s, int64_t first, const int32_t* dot
   for (int g = 0; g < s.groups; ++g) {
     bool whole = there == SCAN_CHUNK && !s.key_mask;
     for (int r = 0; r < SCAN_ROWS; ++r) whole &= s.low[g * SCAN_ROWS + r] <= base && s.high[g * SCAN_ROWS + r] >= base + SCAN_CHUNK;
-    for (int e = 0; e < s.digits; ++e) {
+    const int digits = two_in_one(s) ? 1 : s.digits;
+    for (int e = 0; e < digits; ++e) {
       const int at = (g * s.digits + e) * SCAN_ROWS;
-      const vf factor = four(s.factor + at);
-      const vi centre = four_integers(s.centre + at);
-      const int32_t* from = dots + (int64_t)at * SCAN_CHUNK;
-      const bool ends = e + 1 == s.digits;
+      vf factor = four(s.factor + at);
+      vu centre = (vu)four_integers(s.centre + at);
+      if (digits < s.digits) {
+        factor = four(s.factor + at + SCAN_ROWS);
+        centre = centre * (uint32_t)SCAN_DIGIT + (vu)four_integers(s.centre + at + SCAN_ROWS);
+      }
+      const int32_t* from = dots + (int64_t)(g * digits + e) * SCAN_ROWS * SCAN_CHUNK;
+      const bool ends = e + 1 == digits;
       for (int i = 0; i < SCAN_CHUNK * SCAN_ROWS; i += LANES) {
-        const vi twice = *reinterpret_cast<const vi_any*>(from + i) * 2 - centre;
+        const vi twice = (vi)((vu)*reinterpret_cast<const vi_any*>(from + i) * 2u - centre);  // twice the dot alone may not fit
         vf x = __builtin_convertvector(twice, vf) * factor;
         if (e) x += load(logits + i);
         store(logits + i, ends ? x * load(scale + i) : x);

@@ -20,10 +20,12 @@ static inline int width_of(int bits) { return bits <= 1 ? 1 : bits <= 2 ? 2 : bi
 
 // whether planes must lie without gaps from key to key
 static inline bool without_gaps(const Scan&) { return false; }
+// whether two digits of a query are multiplied as one number
+static inline bool two_in_one(const Scan&) { return false; }
 int64_t scan_bytes(int32_t d, int32_t rows) { return up(d, 128) / 16 * 1024 * (rows / SCAN_ROWS); }
 
 // Four keys are the four lanes of a vector, so the second operand is diagonal: columns 4 k .. 4 k + 3 see lane k only.
-void pack_scan(const int8_t* q, int32_t d, int32_t rows, int32_t bits, void* out) {
+void pack_scan(const int8_t* q, int32_t d, int32_t rows, int32_t, int32_t bits, void* out) {
   int8_t* to = static_cast<int8_t*>(out);
   memset(to, 0, scan_bytes(d, rows));
   const int width = width_of(bits);

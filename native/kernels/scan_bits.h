@@ -17,6 +17,19 @@ static inline void pack_line(const int8_t* q, int32_t d, int8_t* to) {
     for (int lane = 0; lane < 32; ++lane) to[32 * j + lane] = q[8 * (lane % (d / 8)) + 7 - j];
 }
 
+// Two digits of a channel that meet codes of more than four bits are one number of 16 bits: that takes as many products as one digit
+// with the two halves of a code.
+static inline bool are_one(int32_t d, int32_t digits, int32_t bits) { return fills_vectors(d) && digits == 2 && bits > 4; }
+
+// As pack_line, channels of even bytes before those of odd ones.
+static inline void pack_two(const int8_t* first, const int8_t* second, int32_t d, int16_t* to) {
+  for (int j = 0; j < 8; ++j)
+    for (int lane = 0; lane < 32; ++lane) {
+      const int c = 8 * (lane % (d / 8)) + 7 - j;
+      to[32 * j + lane % 2 * 16 + lane / 2] = (int16_t)(SCAN_DIGIT * first[c] + second[c]);
+    }
+}
+
 static inline __m256i masked(__m256i x, int byte) { return _mm256_and_si256(x, _mm256_set1_epi8((char)byte)); }
 
 // code[j] of every byte: bit j of each plane, the most significant plane first
@@ -60,6 +73,25 @@ static inline __m256i products(const __m256i code[8], const int8_t* q) {
   return sum;
 }
 
+// Sums of products of whole codes, four bits in `low` and the rest in `high`, with four rows of numbers of 16 bits.
+static inline void products_of_two(const __m256i low[8], const __m256i high[8], const int16_t* q, __m256i sums[SCAN_ROWS]) {
+  const __m256i even_bytes = _mm256_set1_epi16(0xff);
+#pragma GCC unroll 4
+  for (int r = 0; r < SCAN_ROWS; ++r) sums[r] = _mm256_setzero_si256();
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {
+    const __m256i code = _mm256_or_si256(low[j], _mm256_slli_epi16(high[j], 4));
+    const __m256i even = _mm256_and_si256(code, even_bytes), odd = _mm256_srli_epi16(code, 8);
+#pragma GCC unroll 4
+    for (int r = 0; r < SCAN_ROWS; ++r) {
+      const __m256i* with = reinterpret_cast<const __m256i*>(q + r * LINE + 32 * j);
+      sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(even, _mm256_loadu_si256(with)));
+      sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(odd, _mm256_loadu_si256(with + 1)));
+      asm("" : "+x"(sums[r]));  // as above
+    }
+  }
+}
+
 // Sums of four rows, 8 / Keys of each key, to [keys][4 rows]
 template <int Keys>
 static inline void put_keys(const __m256i* x, int32_t* to) {
@@ -95,24 +127,34 @@ static inline void dots_of_bits(const Scan& s, const uint8_t* const* planes, int
   constexpr int HIGH = Bits > 4 ? Bits - 4 : 0, LOW = Bits - HIGH;
   const int8_t* query = static_cast<const int8_t*>(s.query);
   const __m256i one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
+  const bool two = are_one(s.d, s.digits, Bits);
   for (int key = 0; key < SCAN_CHUNK; key += Keys) {
     __m256i plane[Bits], low[8], high[8];
 #pragma GCC unroll 8
     for (int b = 0; b < Bits; ++b) plane[b] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(planes[b] + key * (32 / Keys)));
     turn_bits<LOW>(plane + HIGH, low);
     if constexpr (HIGH > 0) turn_bits<HIGH>(plane, high);
-    for (int g = 0; g < s.groups * s.digits; ++g) {
-      const int left = s.rows - g / s.digits * SCAN_ROWS, rows = left < SCAN_ROWS ? left : SCAN_ROWS;
-      __m256i sums[SCAN_ROWS] = {};
-#pragma GCC unroll 4
-      for (int r = 0; r < SCAN_ROWS; ++r) {
-        if (r >= rows) break;
-        const int8_t* q = query + (int64_t)(g * SCAN_ROWS + r) * LINE;
-        sums[r] = _mm256_madd_epi16(products(low, q), one);
-        if constexpr (HIGH > 0) sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(products(high, q), sixteen));
+    if constexpr (HIGH > 0)
+      if (two) {
+        for (int g = 0; g < s.groups; ++g) {
+          __m256i sums[SCAN_ROWS];
+          products_of_two(low, high, reinterpret_cast<const int16_t*>(query) + (int64_t)g * SCAN_ROWS * LINE, sums);
+          put_keys<Keys>(sums, dots + (g * SCAN_CHUNK + key) * SCAN_ROWS);
+        }
+        continue;
       }
-      put_keys<Keys>(sums, dots + (g * SCAN_CHUNK + key) * SCAN_ROWS);
-    }
+    for (int g = 0, left = s.rows; g < s.groups * s.digits; left -= SCAN_ROWS)
+      for (int e = 0; e < s.digits; ++e, ++g) {
+        __m256i sums[SCAN_ROWS] = {};
+#pragma GCC unroll 4
+        for (int r = 0; r < SCAN_ROWS; ++r) {
+          if (r >= left) break;
+          const int8_t* q = query + (int64_t)(g * SCAN_ROWS + r) * LINE;
+          sums[r] = _mm256_madd_epi16(products(low, q), one);
+          if constexpr (HIGH > 0) sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(products(high, q), sixteen));
+        }
+        put_keys<Keys>(sums, dots + (g * SCAN_CHUNK + key) * SCAN_ROWS);
+      }
   }
 }
 

@@ -7,9 +7,11 @@ namespace SIEVE_LEVEL {
 
 // whether planes must lie without gaps from key to key
 static inline bool without_gaps(const Scan&) { return false; }
+// whether two digits of a query are multiplied as one number
+static inline bool two_in_one(const Scan&) { return false; }
 int64_t scan_bytes(int32_t d, int32_t rows) { return up(d, 32) * rows * 2; }
 
-void pack_scan(const int8_t* q, int32_t d, int32_t rows, int32_t, void* out) {
+void pack_scan(const int8_t* q, int32_t d, int32_t rows, int32_t, int32_t, void* out) {
   int16_t* to = static_cast<int16_t*>(out);
   const int64_t wide = up(d, 32);
   memset(to, 0, scan_bytes(d, rows));

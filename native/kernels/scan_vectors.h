@@ -20,20 +20,30 @@ typedef __m256i vb;
 
 #if defined(__AVX512BW__)
 static inline bool without_gaps(const Scan&) { return false; }
+static inline bool two_in_one(const Scan&) { return false; }
 int64_t scan_bytes(int32_t d, int32_t rows) { return up(d, SCAN_BYTES) * rows; }
 #else
 static inline bool without_gaps(const Scan& s) { return fills_vectors(s.d); }
+static inline bool two_in_one(const Scan& s) { return are_one(s.d, s.digits, s.bits); }
 int64_t scan_bytes(int32_t d, int32_t rows) { return (fills_vectors(d) ? LINE : up(d, SCAN_BYTES)) * rows; }
 #endif
 
 // Bit 0 of a plane's byte is its last channel, so the channels of a query turn round within each eight.
-void pack_scan(const int8_t* q, int32_t d, int32_t rows, int32_t, void* out) {
+void pack_scan(const int8_t* q, int32_t d, int32_t rows, int32_t digits, int32_t bits, void* out) {
   int8_t* to = static_cast<int8_t*>(out);
 #if !defined(__AVX512BW__)
   if (fills_vectors(d)) {
-    for (int r = 0; r < rows; ++r) pack_line(q + (int64_t)r * d, d, to + (int64_t)r * LINE);
+    if (are_one(d, digits, bits))
+      for (int r = 0; r < rows / 2; ++r) {
+        const int8_t* first = q + (int64_t)(r / SCAN_ROWS * 2 * SCAN_ROWS + r % SCAN_ROWS) * d;
+        pack_two(first, first + SCAN_ROWS * d, d, reinterpret_cast<int16_t*>(to + (int64_t)r * 2 * LINE));
+      }
+    else
+      for (int r = 0; r < rows; ++r) pack_line(q + (int64_t)r * d, d, to + (int64_t)r * LINE);
     return;
   }
+#else
+  (void)digits, (void)bits;
 #endif
   const int64_t wide = up(d, SCAN_BYTES);
   memset(to, 0, scan_bytes(d, rows));
