@@ -39,20 +39,20 @@ struct Planes {
   Row<char> packed, scratch;
   Scan scan{};
 
-  Planes(Random& random, int32_t d_, int64_t len_, int32_t bits_, int32_t rows_, int32_t digits_)
+  Planes(Random& random, int32_t d_, int64_t len_, int32_t bits_, int32_t rows_, int32_t digits_, bool full = false)
       : d(d_), bits(bits_), rows(rows_), groups((rows_ + SCAN_ROWS - 1) / SCAN_ROWS), digits(digits_), len(len_), bytes((d_ + 7) / 8),
         planes(make(random, U8, {1, bits_, len_, bytes}, random.chance(0.5) ? CONTIGUOUS : PADDED)),
         integers(static_cast<size_t>(groups * digits * SCAN_ROWS * d), 0), scales((len_ - 1) * 2 + 1), mask((len_ - 1) * 3 + 1),
         scale_stride(random.chance(0.5) ? 2 : 1), mask_stride(random.chance(0.5) ? 3 : 1),
         packed(kernels().scan_bytes(d_, groups * digits_ * SCAN_ROWS)),
         scratch(up(kernels().scan_scratch(d_, groups * digits_ * SCAN_ROWS), 64)) {
+    const bool ends = full || random.chance(0.3);  // the largest products
     for (int32_t p = 0; p < bits; ++p)
       for (int64_t j = 0; j < len; ++j)
-        for (int64_t i = 0; i < bytes; ++i) entry<uint8_t>(planes, 0, p, j, i) = static_cast<uint8_t>(random.next());
+        for (int64_t i = 0; i < bytes; ++i) entry<uint8_t>(planes, 0, p, j, i) = full ? 0xff : static_cast<uint8_t>(random.next());
     if (d % 8)  // what lies behind the last channel is zero
       for (int32_t p = 0; p < bits; ++p)
         for (int64_t j = 0; j < len; ++j) entry<uint8_t>(planes, 0, p, j, bytes - 1) &= static_cast<uint8_t>(0xff << (8 - d % 8));
-    const bool ends = random.chance(0.3);  // the largest products
     for (int32_t i = 0; i < groups * digits * SCAN_ROWS; ++i)
       if (row_of(i) < rows)
         for (int32_t c = 0; c < d; ++c)
@@ -130,10 +130,11 @@ TEST(dots_of_bit_planes_are_exact) {
 TEST(masses_of_panels_are_their_sums) {
   each_level([](const std::string& level) {
     const int32_t widths[] = {5, 32, 40, 64, 128, 256};
-    for (int n = 0; n < 144; ++n) {
+    for (int n = 0; n < 288; ++n) {  // every width, number of digits and of bits, and again at their largest
       Random random(n + 100);
       const int32_t digits = 1 + n % 3;
-      Planes p(random, widths[n / 3 % 6], random.between(1, 300), 1 + n % 8, static_cast<int32_t>(random.between(1, 6)), digits);
+      const int32_t d = widths[n / 3 % 6], bits = 1 + n / 18 % 8;
+      Planes p(random, d, random.between(1, 300), bits, static_cast<int32_t>(random.between(1, 6)), digits, n >= 144);
       note(level + ", case " + std::to_string(n));
       Array halves = make(random, F16, {1, 1, p.len, p.scale_stride}, CONTIGUOUS);
       for (int64_t j = 0; j < p.len; ++j) {
