@@ -25,6 +25,7 @@ from sieve_attn.policies import FAR_FIELD_BOUND, FAR_FIELD_STATISTICS, Policy
 from sieve_attn.selection import RunningMaximum, native_scan
 from sieve_attn.selection import native as gate
 from sieve_attn.selection import triton as device_gate
+from sieve_attn.selection.counting import count_keys
 from sieve_attn.selection.reference import Tiles, choose
 from sieve_attn.types import Blocks, Call, Certificate, Fallback, Geometry, Ranges, Report, Rows, Scores, Selection, Statistics
 
@@ -137,7 +138,7 @@ def attention(
     if return_lse:
         results.append(lse)
     if return_report:
-        kept, visible = counts if counts is not None else count_tokens(call, selection)
+        kept, visible = counts if counts is not None else count_keys(call, selection)
         results.append(Report(
             policy=repr(policy), backend=name, why_backend=why, bound=repr(policy.certifier), kept=kept, visible=visible,
             requested_sparsity=None if policy.selector is None else policy.selector.requested_sparsity,
@@ -346,21 +347,6 @@ def certificate(
         lse = _attend(call, selection, backend, None)[1]
         field = far.FarField(geometry, FAR_FIELD_BOUND)
     return certify(call, selection, geometry, policy.certifier, xp.detach(lse), xp.detach(output), field, rounding)
-
-
-def count_tokens(call: Call, selection: Selection) -> tuple[Array, Array]:
-    """``(kept, visible)`` keys [batch, q_heads, 1] for selections that are not made of blocks."""
-    xp = arrays.namespace(call.query)
-    heads = call.query.shape[1]
-    kept, visible = 0, 0
-    for start, stop in call.chunks():
-        rows = call.rows(start, stop)
-        chosen = call.kept(selection, start, stop)
-        # what all heads or sequences have in common is counted once and spread out afterwards
-        visible = visible + xp.total(xp.total(rows.visible, -1, xp.int64), -1)
-        kept = kept + xp.total(xp.total(rows.visible & chosen, -1, xp.int64), -1)
-    kept, visible = (xp.broadcast_to(count, (call.query.shape[0], heads)) for count in (kept, visible))
-    return kept[..., None], visible[..., None]
 
 
 def _everything(call: Call) -> Selection:

@@ -16,6 +16,7 @@ from sieve_attn.jax import forced
 from sieve_attn.jax.call import Call
 from sieve_attn.jax.selection import PaddedBlocks, padded
 from sieve_attn.policies import Policy
+from sieve_attn.selection.counting import by_sight, needs_pairs
 from sieve_attn.selection.reference import Tiles
 from sieve_attn.selection.reference import choose as choose_rows
 from sieve_attn.types import Geometry, Offsets, Ranges, Selection
@@ -41,7 +42,10 @@ def row_numbers(call: Call, size: int, tiles: int) -> np.ndarray:
 
 
 def count_keys(call: Call, selection: PaddedBlocks | Selection) -> tuple[jax.Array, jax.Array]:
-    """``(kept, visible)`` keys [batch, q_heads, 1] of a selection that was not chosen here, a tile of queries at a time."""
+    """``(kept, visible)`` keys [batch, q_heads, 1] of a selection that was not chosen here, in fp32."""
+    if isinstance(selection, Selection) and not needs_pairs(call, selection):
+        return by_sight(call, selection, xp.float32)
+    # a tile of queries at a time
     batch, heads = call.query.shape[:2]
     size = selection.q_block if isinstance(selection, PaddedBlocks) else 64
     lead = selection.lead if isinstance(selection, PaddedBlocks) else 0

@@ -88,6 +88,27 @@ class Call:
             return chosen
         return arrays.namespace(chosen).repeat_each(chosen, heads // chosen.shape[1], 1)
 
+    def sight(self, number: Array) -> tuple[Array, Array]:
+        """``(first, last)``, each like ``number``: causality, window and packing leave these queries the keys first .. last - 1.
+
+        ``first >= 0`` and ``first <= last <= kv_len``, or ``last`` is less than ``first`` where a query sees nothing.
+        """
+        position = number + self.offset
+        xp = arrays.namespace(position)
+        first, last = position * 0, position * 0 + self.kv_len
+        if self.causal:
+            last = xp.minimum(last, position + 1)
+        if self.window is not None:
+            first = xp.maximum(first, position - self.window + 1)
+            last = last if self.causal else xp.minimum(last, position + self.window)
+        if self.cu_seqlens is not None:
+            xp = arrays.namespace(self.query)
+            edges = xp.asarray(self.cu_seqlens, xp.int64, self.query)
+            which = xp.searchsorted(edges, number)
+            ends = xp.concat([edges[:1] * 0, edges, edges[:1] * 0 + self.kv_len], 0)
+            first, last = xp.maximum(first, ends[which]), xp.minimum(last, ends[which + 1])
+        return first, last
+
     def rows(self, start: int, stop: int, kv_stop: int | None = None) -> Rows:
         """Queries ``start..stop`` with what they see of the first ``kv_stop`` keys."""
         return self.rows_at(arrays.namespace(self.query).arange(start, stop, self.query), kv_stop)
@@ -98,15 +119,8 @@ class Call:
         kv_stop = self.kv_len if kv_stop is None else kv_stop
         position = number + self.offset
         key = xp.arange(0, kv_stop, self.query)[None, :]
-        allowed = xp.full((number.shape[0], kv_stop), True, xp.boolean, self.query)
-        if self.causal:
-            allowed = allowed & (key <= position[:, None])
-        if self.window is not None:
-            allowed = allowed & (key > position[:, None] - self.window)
-            allowed = allowed if self.causal else allowed & (key < position[:, None] + self.window)
-        if self.cu_seqlens is not None:
-            edges = xp.asarray(self.cu_seqlens, xp.int64, self.query)
-            allowed = allowed & (xp.searchsorted(edges, key[0])[None, :] == xp.searchsorted(edges, number)[:, None])
+        first, last = self.sight(number)
+        allowed = (key >= first[:, None]) & (key < last[:, None])
         visible = allowed[None, None]
         if self.key_mask is not None:
             visible = visible & self.key_mask[:, None, None, :kv_stop]
