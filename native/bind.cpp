@@ -225,7 +225,7 @@ T* writable(const std::optional<View>& v) {
 }
 
 void geometry(const View& key, std::optional<View> key_mask, int64_t block_size, int bits, bool scale_is_given, int threads,
-              const View& count, const View& finite, const View& mean, const View& key_norm, std::optional<View> radius,
+              int64_t first_block, int64_t room_blocks, int64_t room_keys, const View& count, const View& finite, const View& mean, const View& key_norm, std::optional<View> radius,
               std::optional<View> low, std::optional<View> high, std::optional<View> planes, std::optional<View> scale,
               std::optional<View> error, std::optional<View> metric_error, std::optional<View> channel_scale,
               std::optional<View> spectral, std::optional<View> metric_spectral) {
@@ -236,6 +236,12 @@ void geometry(const View& key, std::optional<View> key_mask, int64_t block_size,
   t.bits = bits;
   t.scale_is_given = scale_is_given;
   t.threads = threads;
+  const int64_t end = first_block * block_size + key.shape[2];
+  if (room_blocks && (first_block < 0 || end > room_keys || end > room_blocks * block_size))
+    throw std::invalid_argument("`room_keys` must hold the keys from `first_block` on; reserve first");
+  t.first_block = room_blocks ? first_block : 0;
+  t.room_blocks = room_blocks;
+  t.room_keys = room_keys;
   t.count = static_cast<int32_t*>(count.data);
   t.finite = static_cast<uint8_t*>(finite.data);
   t.mean = static_cast<float*>(mean.data);
@@ -437,8 +443,8 @@ NB_MODULE(_native, m) {
           diagonal_scan(x, static_cast<const float*>(a.data), static_cast<const float*>(start.data), out, reverse, threads);
         },
         "x"_a, "a"_a, "start"_a, "out"_a, "reverse"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
-  m.def("geometry", &geometry, "key"_a, "key_mask"_a.none(), "block_size"_a, "bits"_a, "scale_is_given"_a, "threads"_a, "count"_a,
-        "finite"_a, "mean"_a, "key_norm"_a, "radius"_a.none(), "low"_a.none(), "high"_a.none(), "planes"_a.none(),
+  m.def("geometry", &geometry, "key"_a, "key_mask"_a.none(), "block_size"_a, "bits"_a, "scale_is_given"_a, "threads"_a,
+        "first_block"_a, "room_blocks"_a, "room_keys"_a, "count"_a, "finite"_a, "mean"_a, "key_norm"_a, "radius"_a.none(), "low"_a.none(), "high"_a.none(), "planes"_a.none(),
         "scale"_a.none(), "error"_a.none(), "metric_error"_a.none(), "channel_scale"_a.none(), "spectral"_a.none(),
         "metric_spectral"_a.none(), nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Gated>(m, "Gated").def_ro("entries", &Gated::entries).def_ro("tiles", &Gated::tiles).def("read", &read_gated);

@@ -4,7 +4,8 @@
 
 namespace sieve {
 
-// Outputs are contiguous and written whole; those that are null are not computed.
+// Outputs are contiguous; those that are null are not computed. They are written whole, or, where `room_blocks` is not 0, have room
+// for that many blocks and `room_keys` keys, of which those from block `first_block` on are written: the keys that are given.
 struct GeometryTask {
   View key;       // [batch, kv_heads, kv_len, d]
   View key_mask;  // [batch, kv_len] in shape[0], shape[3]; data null if absent
@@ -12,6 +13,7 @@ struct GeometryTask {
   int32_t bits;         // of the sketch; 0: none
   bool scale_is_given;  // channel_scale is read, not written
   int threads;
+  int64_t first_block, room_blocks, room_keys;
   int32_t* count;  // [batch, kv_heads, blocks]
   uint8_t* finite;
   float* mean;  // [batch, kv_heads, blocks, d]

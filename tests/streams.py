@@ -17,7 +17,7 @@ def assert_recomputed_alike(layer, mask=None):
     for part, other in ((held, anew), (held.sketch, anew.sketch)):
         for f in () if other is None else fields(other):
             mine, theirs = getattr(part, f.name), getattr(other, f.name)
-            if f.name.endswith("spectral"):
+            if f.name.endswith("spectral") or f.name == "variance":
                 # how a matrix product rounds depends on how many blocks it runs over
                 torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
             elif isinstance(theirs, torch.Tensor):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sieve_attn import geometry as g
+from sieve_attn import native
 from sieve_attn.geometry.sketch import pack, quantise, unpack
 from sieve_attn.scores import KeySketch
 from sieve_attn.testing import GENERATORS, Shape
@@ -17,6 +18,7 @@ from sieve_attn.types import Sketch, Statistics
 
 LAWS = settings(max_examples=25, deadline=None, derandomize=True)
 ALL = Statistics(radius=True, box=True, variance=True, direction=True, value=True, sub_means=4, sketch_bits=4, spectral=True)
+OF_KERNELS = Statistics(radius=True, box=True, sketch_bits=4, spectral=True)
 
 
 def blocks_of(k, v, mask, b, h, size):
@@ -205,16 +207,16 @@ def test_edits_equal_recomputation(name, seed, steps, size, masked, poisoned):
 
 
 @LAWS
-@given(generators(), seeds(), edits(), st.sampled_from([4, 16, 24]), st.booleans())
-def test_a_stream_equals_recomputation(name, seed, steps, size, masked):
-    stream = g.Stream(size, ALL)
+@given(generators(), seeds(), edits(), st.sampled_from([4, 16, 24]), st.booleans(), st.sampled_from([ALL, OF_KERNELS]))
+def test_a_stream_equals_recomputation(name, seed, steps, size, masked, asked):
+    stream = g.Stream(size, asked)
 
     def change(what, detail, key, value, mask):
         if what == "reorder":
             stream.reorder(detail)
         else:
             stream.update(key, value=value, key_mask=mask)
-        assert_same(stream.geometry, g.build(key, size, ALL, value=value, key_mask=mask), key)
+        assert_same(stream.geometry, g.build(key, size, asked, value=value, key_mask=mask), key)
 
     follow(name, seed, steps, size, masked, False, change)
     stream.reset()
@@ -231,6 +233,24 @@ def test_appending_reads_new_keys_alone():
     anew = g.build(k, 16, Statistics(radius=True, sketch_bits=4))
     assert torch.equal(found.sketch.planes, anew.sketch.planes)
     assert found.finite.all()
+
+
+@pytest.mark.skipif(native.level() is None, reason="no kernels")
+def test_a_stream_of_what_kernels_know_grows_in_place(monkeypatch):
+    _, k, _ = gaussian(1, Shape(2, 2, 2, 1, 400, 24, 5))
+    stream = g.Stream(16, OF_KERNELS)
+    stream.update(k[:, :, :100])
+    monkeypatch.setattr(g.stream, "tail", None)
+    for n in (101, 102, 112, 113, 180, 90, 91, 400):  # the first to 112 fill a block, 90 cuts others off
+        stream.update(k[:, :, :n])
+        assert_same(stream.geometry, g.build(k[:, :, :n], 16, OF_KERNELS), k)
+
+
+def test_kernels_refuse_buffers_without_room():
+    _, k, _ = gaussian(1, Shape(1, 1, 1, 1, 96, 8, 5))
+    buffers = g.build(k[:, :, :80], 16, OF_KERNELS)
+    with pytest.raises(ValueError, match="`room_keys` must hold the keys from `first_block` on"):
+        g.native.extend(buffers, k[:, :, 64:], 4)
 
 
 def test_calibration_counts_non_finite_keys_before_and_after_an_append():

@@ -227,13 +227,19 @@ def test_speculative_decoding_rolls_the_streams_back(llama, prompt):
 
 def test_sealed_blocks_are_summarised_once(llama, prompt, monkeypatch):
     from sieve_attn.geometry import edit
+    from sieve_attn.geometry import native as kernels
 
     sparsify(llama, SPARSE)
     ids = prompt["input_ids"]
     cache = llama(input_ids=ids, use_cache=True).past_key_values
     read = []
-    build = edit.build
-    monkeypatch.setattr(edit, "build", lambda key, *a, **k: read.append(key.shape[2]) or build(key, *a, **k))
+    for module, name in ((edit, "build"), (kernels, "extend")):
+
+        def counted(*args, does=getattr(module, name), which=name == "extend", **named):
+            read.append(args[which].shape[2])
+            return does(*args, **named)
+
+        monkeypatch.setattr(module, name, counted)
     _logits(llama, {"input_ids": ids[:, :1]}, past_key_values=cache)
     assert read == [(LENGTH + 1) % SPARSE.block_size] * 2
 

@@ -293,8 +293,20 @@ TEST(appended_keys_get_the_bits_of_the_whole) {
       after.task.channel_scale = static_cast<float*>(after.channel_scale.view.data);
       after.task.scale_is_given = true;
       build(after);
+      // in place: behind blocks that are there already, which stay as they are
+      Summary grown(random, key.view, absent, size, bits, true);
+      grown.channel_scale = moved(random, before.channel_scale, CONTIGUOUS);
+      grown.task.channel_scale = static_cast<float*>(grown.channel_scale.view.data);
+      grown.task.scale_is_given = true;
+      grown.task.key = rest;
+      grown.task.first_block = start / size;
+      grown.task.room_blocks = grown.blocks;
+      grown.task.room_keys = len;
+      std::vector<Array> held;
+      for (const Array* x : grown.arrays()) held.push_back(moved(random, *x, CONTIGUOUS));
+      build(grown);
       CHECK(same_bits(before.channel_scale, whole.channel_scale));
-      const std::vector<const Array*> all = whole.arrays(), first = before.arrays(), second = after.arrays();
+      const std::vector<const Array*> all = whole.arrays(), first = before.arrays(), second = after.arrays(), in_place = grown.arrays();
       for (size_t i = 0; i < all.size(); ++i) {
         if (all[i] == &whole.channel_scale) continue;
         const bool by_row = all[i]->view.shape[0] == 1 || all[i] == &whole.planes;  // its last axis grows, else the third
@@ -306,6 +318,12 @@ TEST(appended_keys_get_the_bits_of_the_whole) {
         tail.data = axis == 3 ? at(tail, 0, 0, 0, head.shape[3]) : at(tail, 0, 0, head.shape[2], 0);
         CHECK(same_bits(Array{head, nullptr}, *first[i]));
         CHECK(same_bits(Array{tail, nullptr}, *second[i]));
+        View kept = held[i].view, same = in_place[i]->view, written = same;
+        kept.shape[axis] = same.shape[axis] = head.shape[axis];
+        written.shape[axis] = tail.shape[axis];
+        written.data = axis == 3 ? at(written, 0, 0, 0, head.shape[3]) : at(written, 0, 0, head.shape[2], 0);
+        CHECK(same_bits(Array{same, nullptr}, Array{kept, nullptr}));
+        CHECK(same_bits(Array{written, nullptr}, Array{tail, nullptr}));
       }
     }
   });

@@ -119,11 +119,11 @@ def attention(
         else:
             checks.geometry_fits(geometry, key, key_mask, policy.block_size, policy.statistics)
         seconds["geometry"], clock = perf_counter() - clock, perf_counter()
-        made, (selection, counts, dense) = _stream_or_choose(call, geometry, policy, per_query, backend, name, return_report)
+        made, selected_by, (selection, counts, dense) = _stream_or_choose(
+            call, geometry, policy, per_query, backend, name, return_report
+        )
         # how many there are is known on the device: it is asked when somebody reads it
         fall_back = partial(fallbacks, policy, *counts, dense)
-        if return_report:
-            selected_by = selection_backend(call, geometry, policy, per_query, backend)
         seconds["selection"], clock = perf_counter() - clock, perf_counter()
 
     field = None
@@ -203,9 +203,11 @@ def selection_backend(call: Call, geometry: Geometry, policy: Policy, per_query:
 def _kernels(call: Call, geometry: Geometry, policy: Policy, per_query: bool, backend: str) -> tuple[str, Any]:
     """``(name, module)`` of the kernels that choose for this call: on the device, or in C++ for a few queries or tile by tile."""
     asked = (call, geometry, policy, per_query)
-    device = streaming if isinstance(policy.selector, RunningMaximum) else device_gate
-    if backend in ("auto", "triton") and not device.why_not(*asked, named=backend == "triton"):
-        return "triton", device
+    # most calls are on a CPU, where Triton runs only if it is named
+    if backend == "triton" or (backend == "auto" and _device(call.query) != "cpu"):
+        device = streaming if isinstance(policy.selector, RunningMaximum) else device_gate
+        if not device.why_not(*asked, named=backend == "triton"):
+            return "triton", device
     for kernels in (native_scan, gate) if backend != "reference" else ():
         if not kernels.why_not(*asked):
             return "native", kernels
@@ -223,10 +225,14 @@ def select(call: Call, geometry: Geometry, policy: Policy, *, per_query: bool = 
 
 def _choose(call: Call, geometry: Geometry, policy: Policy, per_query: bool, backend: str):
     """``(selection, (kept, visible), tiles that turned dense)``"""
+    return _choose_by(_kernels(call, geometry, policy, per_query, backend)[1], call, geometry, policy, per_query)
+
+
+def _choose_by(kernels: Any, call: Call, geometry: Geometry, policy: Policy, per_query: bool):
+    """The same by a module of kernels, or by the reference where that is None."""
     if policy.selector.needs_brackets:
         # a proof made of rounded products would be none
         require_full_precision(arrays.namespace(call.query), call.query)
-    kernels = _kernels(call, geometry, policy, per_query, backend)[1]
     if kernels is not None:
         return kernels.select(call, geometry, policy)
     return _select(call, geometry, policy, per_query)
@@ -234,18 +240,19 @@ def _choose(call: Call, geometry: Geometry, policy: Policy, per_query: bool, bac
 
 def _stream_or_choose(
     call: Call, geometry: Geometry, policy: Policy, per_query: bool, backend: str, name: str, report: bool
-) -> tuple[tuple[Array, Array] | None, tuple]:
-    """``(output and lse or None, what _choose returns)``: one kernel does both where no gradient is wanted, and lists what it
-    read for a ``report`` alone."""
-    if name != "triton" or _kernels(call, geometry, policy, per_query, backend)[1] is not streaming:
-        return None, _choose(call, geometry, policy, per_query, backend)
+) -> tuple[tuple[Array, Array] | None, str, tuple]:
+    """``(output and lse or None, who chose, what _choose returns)``: one kernel does both where no gradient is wanted, and lists
+    what it read for a ``report`` alone."""
+    who, kernels = _kernels(call, geometry, policy, per_query, backend)
+    if name != "triton" or kernels is not streaming:
+        return None, who, _choose_by(kernels, call, geometry, policy, per_query)
     from sieve_attn.attend import torch_op
 
     require_full_precision(arrays.namespace(call.query), call.query)
     if not torch_op.nobody_watches(call):
-        return None, _choose(call, geometry, policy, per_query, backend)
+        return None, who, _choose_by(kernels, call, geometry, policy, per_query)
     output, lse, chosen = streaming.attend(call, geometry, policy, marked=report)
-    return (output, lse), chosen() if report else (None, (None, None), None)
+    return (output, lse), who, chosen() if report else (None, (None, None), None)
 
 
 def fallbacks(policy: Policy, kept: Array, visible: Array, dense: Array) -> tuple[Fallback, ...]:
@@ -388,8 +395,11 @@ def _call(query, key, value, *, scale, dropout, **options) -> Call:
 
 
 def _request(call: Call, policy: Policy, selection: Selection | None) -> dispatch.Request:
-    framework = arrays.namespace(call.query).name
-    device = str(getattr(call.query, "device", "cpu")).partition(":")[0]
+    framework, device = arrays.namespace(call.query).name, _device(call.query)
     kinds = selection.kinds if selection is not None else ("Blocks",) if policy.chooses_blocks else ("Ranges",)
     dims = (int(call.query.shape[3]), int(call.value.shape[3]))
     return dispatch.Request(framework, device, str(call.query.dtype).rpartition(".")[2], *dims, policy.far_field, kinds)
+
+
+def _device(x: Array) -> str:
+    return str(getattr(x, "device", "cpu")).partition(":")[0]

@@ -76,13 +76,43 @@ def build(
             fresh("spectral", xp.float32, blocks)
             fresh("metric_spectral", xp.float32, blocks)
     if batch:
-        native.module().geometry(
-            native.view(xp.detach(key)), None if key_mask is None else native.view(key_mask), block_size, bits,
-            channel_scale is not None, native.threads(key),
-            **{name: native.view(made[name].reshape(-1)) if name in made else None for name in _OUTPUTS},
-        )  # fmt: skip
+        _summarise(key, key_mask, block_size, bits, channel_scale is not None, (0, 0, 0), made)
     sketch = Sketch(bits, **{name: x for name, x in made.items() if name not in per_block}) if bits else None
     return Geometry(block_size, kv_len, asked, **per_block, sketch=sketch)
+
+
+def extends(buffers: Geometry, key: Array) -> bool:
+    """Whether :func:`extend` can write what follows ``key`` into ``buffers`` where they lie."""
+    if not hasattr(key, "data_ptr") or why_not(key, buffers.statistics) or str(buffers.mean.dtype) != "torch.float32":
+        return False
+    return all(x.is_contiguous() and x.device == key.device for x in _written(buffers).values())
+
+
+def extend(buffers: Geometry, key: Array, first_block: int, key_mask: Array | None = None) -> None:
+    """Summarise ``key`` [batch, kv_heads, n, dim] in place: the blocks from ``first_block`` on, which ``buffers`` have room for.
+
+    As :func:`build` on the channel scale of the buffers, without arrays of its own and their copies: a step of decoding is short.
+    """
+    if key.shape[0]:
+        room = (first_block, buffers.blocks, buffers.kv_len)
+        _summarise(key, key_mask, buffers.block_size, buffers.statistics.sketch_bits, True, room, _written(buffers))
+
+
+def _written(geometry: Geometry) -> dict[str, Array]:
+    held = vars(geometry) if geometry.sketch is None else vars(geometry) | vars(geometry.sketch)
+    return {name: x for name in _OUTPUTS if (x := held.get(name)) is not None}
+
+
+def _summarise(
+    key: Array, key_mask: Array | None, block_size: int, bits: int, scale_is_given: bool, room: tuple[int, int, int], out: dict
+) -> None:
+    detached = arrays.namespace(key).detach(key)
+    # a view has four axes, planes have five; of what is written, the kernels ask where it begins
+    flat = {name: x if len(x.shape) < 5 else x.reshape(-1) for name, x in out.items()}
+    native.module().geometry(
+        native.view(detached), None if key_mask is None else native.view(key_mask), block_size, bits, scale_is_given,
+        native.threads(key), *room, **{name: native.view(flat[name]) if name in flat else None for name in _OUTPUTS},
+    )  # fmt: skip
 
 
 _OUTPUTS = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sieve_attn import arrays
+from sieve_attn.geometry import native
 from sieve_attn.geometry.build import build
 from sieve_attn.geometry.edit import head, map_arrays, reorder, sealed_blocks, tail
 from sieve_attn.types import Geometry, Statistics
@@ -27,6 +28,7 @@ class Stream:
     def reset(self) -> None:
         self.geometry: Geometry | None = None
         self._buffers: Geometry | None = None
+        self._settled: int | None = None  # from this many keys on sealed blocks stay: their channel scale is fixed
 
     def update(
         self, key: Array, *, value: Array | None = None, key_mask: Array | None = None, unchanged: int | None = None
@@ -37,14 +39,18 @@ class Stream:
         same = min(known if unchanged is None else unchanged, known, kv_len)
         if self.geometry is not None and same == kv_len == known:
             return self.geometry
-        sealed = 0 if self.geometry is None else sealed_blocks(self.geometry, same)
+        sealed = self._sealed(same)
         if sealed == 0:
             self._replace(build(key, self.block_size, self.statistics, value=value, key_mask=key_mask))
             return self.geometry
         blocks = -(-kv_len // self.block_size)
         if sealed * self.block_size < kv_len:
             self._reserve(blocks)
-            self._write(tail(self.geometry, sealed, key, value, key_mask), sealed)
+            if native.extends(self._buffers, key):
+                start = sealed * self.block_size
+                native.extend(self._buffers, key[:, :, start:], sealed, None if key_mask is None else key_mask[:, start:])
+            else:
+                self._write(tail(self.geometry, sealed, key, value, key_mask), sealed)
         self.geometry = map_arrays(self._buffers, head, blocks, kv_len, kv_len)
         return self.geometry
 
@@ -55,6 +61,17 @@ class Stream:
 
     def _replace(self, geometry: Geometry) -> None:
         self.geometry = self._buffers = geometry
+        self._settled = None
+
+    def _sealed(self, length: int) -> int:
+        """How many blocks of the first ``length`` keys stay as they are."""
+        if self.geometry is None:
+            return 0
+        if self._settled is None or length < self._settled:
+            if sealed_blocks(self.geometry, length) == 0:
+                return 0
+            self._settled = length
+        return length // self.block_size
 
     def _reserve(self, blocks: int) -> None:
         if self._buffers.blocks >= blocks and self._buffers.kv_len >= blocks * self.block_size:

@@ -6,6 +6,7 @@ what two of them have in common is counted by its ends, and by prefix sums of ``
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,31 +39,38 @@ def by_sight(call: Call, selection: Selection, dtype: Any) -> tuple[Array, Array
     """``(kept, visible)`` [batch, q_heads, 1], summed in ``dtype``."""
     xp = arrays.namespace(call.query)
     batch, heads = call.query.shape[:2]
-    # what no tensor has a say in is counted on the host, exactly and with nothing launched or waited for
-    by_host = call.key_mask is None and call.cu_seqlens is None and isinstance(call.offset, int) and selection.blocks is None
-    number = np.arange(call.q_len) if by_host else xp.arange(0, call.q_len, call.query)
-    sight, between = call.sight(number), _Between(call)
+    if call.key_mask is None and call.cu_seqlens is None and isinstance(call.offset, int) and selection.blocks is None:
+        # no array has a say: counted exactly, with nothing launched or waited for
+        counts = _of_lengths(call.q_len, call.kv_len, call.causal, call.window, selection.parts)
+        return tuple(xp.full((batch, heads, 1), count, dtype, call.query) for count in counts)
+    number, between = xp.arange(0, call.q_len, call.query), _Between(call)
+    sight = call.sight(number)
 
     def spread(count: Array) -> Array:
-        if by_host:
-            return xp.full((batch, heads, 1), int(count), dtype, call.query)
         while len(count.shape) < 2:
             count = count[..., None]
         if count.shape[1] not in (1, heads):
             count = xp.repeat_each(count, heads // count.shape[1], 1)
         return xp.broadcast_to(count, (batch, heads))[..., None]
 
-    kind = None if by_host else dtype
-    visible = spread(arrays.namespace(number).total(between(*sight), -1, kind))
     kept = 0
     for part in selection.parts:
         if isinstance(part, Blocks):
-            count = _in_blocks(part.beside(call.query), call, between, kind)
+            count = _in_blocks(part.beside(call.query), call, between, dtype)
         else:
-            rows = _in_ranges if isinstance(part, Ranges) else _at_offsets
-            count = arrays.namespace(number).total(rows(part, call, number, sight, between), -1, kind)
+            count = xp.total(_of_rows(part, call, number, sight, between), -1, dtype)
         kept = kept + spread(count)
-    return kept, visible
+    return kept, spread(xp.total(between(*sight), -1, dtype))
+
+
+@lru_cache(maxsize=64)
+def _of_lengths(q_len: int, kv_len: int, causal: bool, window: int | None, parts: tuple) -> tuple[int, int]:
+    """``(kept, visible)`` of one head. The layers of a model ask for the same ones, one after the other."""
+    call = Call(np.empty((1, 1, q_len, 1)), np.empty((1, 1, kv_len, 1)), np.empty(0), causal=causal, window=window)
+    number, between = np.arange(q_len), _Between(call)
+    sight = call.sight(number)
+    kept = sum(int(_of_rows(part, call, number, sight, between).sum()) for part in parts)
+    return kept, int(between(*sight).sum())
 
 
 class _Between:
@@ -88,6 +96,11 @@ class _Between:
         xp = arrays.namespace(first)
         first = xp.minimum(first, self.kv_len)
         return self.sums[batch, xp.maximum(last, first)] - self.sums[batch, first]
+
+
+def _of_rows(part: Ranges | Offsets, call: Call, number: Array, sight: tuple[Array, Array], between: _Between) -> Array:
+    """[rows], or [batch, rows] where keys are missing: how many of the keys in sight a part keeps."""
+    return (_in_ranges if isinstance(part, Ranges) else _at_offsets)(part, call, number, sight, between)
 
 
 def _in_ranges(part: Ranges, call: Call, number: Array, sight: tuple[Array, Array], between: _Between) -> Array:

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sieve_attn.types import Certificate, Report
+from sieve_attn.types import Certificate, Fallback, Report
+from sieve_attn.types.report import density_per_head
 
 QUANTILES = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+
+
+BEFORE_ADDING = 64  # calls whose counts wait to be added up together: what a step of decoding would pay for that is not nothing
+
+
+@dataclass
+class Counted:
+    """What one call kept, not yet added to the rest. It holds on to counts alone."""
+
+    phase: str
+    queries: int
+    kept: Tensor  # [batch, heads, tiles]
+    visible: Tensor
+    fall_back: Callable[[], tuple[Fallback, ...]]
 
 
 @dataclass
@@ -28,28 +44,44 @@ class Counters:
     backends: set[str] = field(default_factory=set)
     requested_sparsity: float | None = None
     certified: list[Tensor] = field(default_factory=list)
+    waiting: list[Counted] = field(default_factory=list)
 
     def add(self, phase: str, query: Tensor, seconds: dict[str, float], geometry: str | None, report: Report | None) -> None:
         """Count one call; no ``report`` means that every visible key was attended to, by whatever backend that takes."""
         batch, self.heads, q_len, _ = query.shape
         self.calls[phase] += 1
         self.queries[phase] += batch * q_len
-        self.seconds.update(seconds)
+        for stage, spent in seconds.items():
+            self.seconds[stage] += spent
         if geometry is not None:
             self.geometry[geometry] += 1
         if report is None:
             share = torch.ones(self.heads, dtype=torch.float64, device=query.device)
-        else:
-            share = _per_query_head(report.density_per_head.mean(0), self.heads)
-            self.fallbacks.update({f.reason: f.count for f in report.fallbacks})
-            self.backends.add(f"{report.backend} ({report.why_backend})")
-            self.requested_sparsity = report.requested_sparsity
-        self.density[phase] = self.density.get(phase, 0.0) + share * (batch * q_len)
+            self.density[phase] = self.density.get(phase, 0.0) + share * (batch * q_len)
+            return
+        self.backends.add(f"{report.backend} ({report.why_backend})")
+        self.requested_sparsity = report.requested_sparsity
+        self.waiting.append(Counted(phase, batch * q_len, report.kept, report.visible, report.fall_back))
+        if len(self.waiting) >= BEFORE_ADDING:
+            self.add_up()
+
+    def add_up(self) -> None:
+        """Add what waits: calls of one shape together."""
+        waiting, self.waiting = self.waiting, []
+        alike: dict[tuple, list[Counted]] = {}
+        for call in waiting:
+            self.fallbacks.update({f.reason: f.count for f in call.fall_back()})
+            alike.setdefault((call.phase, call.queries, call.kept.shape, call.kept.device), []).append(call)
+        for (phase, queries, *_), calls in alike.items():
+            kept, visible = (torch.stack([getattr(call, name) for call in calls]) for name in ("kept", "visible"))
+            share = density_per_head(kept, visible).mean(1).sum(0)
+            self.density[phase] = self.density.get(phase, 0.0) + _per_query_head(share, self.heads) * queries
 
     def certify(self, certificate: Certificate) -> None:
         self.certified.append(certificate.dropped_mass.flatten(2).transpose(0, 1).flatten(1).cpu())
 
     def read(self, layer: int, policy: str, note: str | None) -> LayerReport:
+        self.add_up()
         total = sum(self.queries.values())
         per_head = [1.0] * self.heads
         if total:

@@ -70,9 +70,7 @@ class Report:
     @cached_property
     def density_per_head(self) -> Array:
         """[batch, heads] densities."""
-        xp = arrays.namespace(self.kept)
-        seen = xp.cast(self.visible.sum(-1), xp.float64)
-        return xp.where(seen > 0, xp.cast(self.kept.sum(-1), xp.float64) / xp.maximum(seen, 1.0), 1.0)
+        return density_per_head(self.kept, self.visible)
 
     @property
     def achieved_sparsity(self) -> float:
@@ -89,3 +87,10 @@ class Report:
         """A copy that no longer holds on to the call's queries and keys (the certificate is computed first)."""
         known = self.certificate if self.certify is not None else None
         return replace(self, certify=(lambda: known) if known is not None else None, selection=None)
+
+
+def density_per_head(kept: Array, visible: Array) -> Array:
+    """[..., heads] kept over visible keys [..., heads, tiles], summed over tiles; 1.0 where nothing is visible."""
+    xp = arrays.namespace(kept)
+    seen = xp.cast(visible.sum(-1), xp.float64)
+    return xp.where(seen > 0, xp.cast(kept.sum(-1), xp.float64) / xp.maximum(seen, 1.0), 1.0)
