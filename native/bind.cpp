@@ -151,7 +151,7 @@ const std::pair<const char*, KeepRule> RULES[] = {{"top_k", TOP_BLOCKS},        
 Gate make_gate(const View& q, const std::string& scorer, const std::string& rule, double amount, double dense_above,
                const View& count, const View& finite, const View& key_norm, const View& mean, std::optional<View> radius,
                std::optional<View> key_mask, std::optional<View> sink, bool causal, std::optional<int64_t> window, float scale,
-               int64_t kv_len, int64_t kv_block, int64_t q_tile, int64_t lead, int64_t query_stride, bool share_group, int64_t sinks,
+               std::optional<float> softcap, int64_t kv_len, int64_t kv_block, int64_t q_tile, int64_t lead, int64_t query_stride, bool share_group, int64_t sinks,
                int64_t near, double unit, double exponential, int threads) {
   Gate g{};
   g.q = q;
@@ -169,6 +169,7 @@ Gate make_gate(const View& q, const std::string& scorer, const std::string& rule
   g.causal = causal;
   g.window = window.value_or(-1);
   g.scale = scale;
+  g.softcap = softcap.value_or(0.0f);
   g.kv_len = kv_len;
   g.kv_block = kv_block;
   g.q_tile = q_tile;
@@ -368,16 +369,16 @@ NB_MODULE(_native, m) {
       .def("__init__", [](Gate* self, const View& q, const std::string& scorer, const std::string& rule, double amount,
                           double dense_above, const View& count, const View& finite, const View& key_norm, const View& mean,
                           std::optional<View> radius, std::optional<View> key_mask, std::optional<View> sink, bool causal,
-                          std::optional<int64_t> window, float scale, int64_t kv_len, int64_t kv_block, int64_t q_tile, int64_t lead,
-                          int64_t query_stride, bool share_group, int64_t sinks, int64_t near, double unit, double exponential,
+                          std::optional<int64_t> window, float scale, std::optional<float> softcap, int64_t kv_len,
+                          int64_t kv_block, int64_t q_tile, int64_t lead, int64_t query_stride, bool share_group, int64_t sinks, int64_t near, double unit, double exponential,
                           int threads) {
              new (self) Gate(make_gate(q, scorer, rule, amount, dense_above, count, finite, key_norm, mean, radius, key_mask, sink,
-                                       causal, window, scale, kv_len, kv_block, q_tile, lead, query_stride, share_group, sinks, near,
-                                       unit, exponential, threads));
+                                       causal, window, scale, softcap, kv_len, kv_block, q_tile, lead, query_stride, share_group,
+                                       sinks, near, unit, exponential, threads));
            },
            "q"_a, "scorer"_a, "rule"_a, "amount"_a, "dense_above"_a, "count"_a, "finite"_a, "key_norm"_a, "mean"_a,
-           "radius"_a.none(), "key_mask"_a.none(), "sink"_a.none(), "causal"_a, "window"_a.none(), "scale"_a, "kv_len"_a,
-           "kv_block"_a, "q_tile"_a, "lead"_a, "query_stride"_a, "share_group"_a, "sinks"_a, "near"_a, "unit"_a, "exponential"_a,
+           "radius"_a.none(), "key_mask"_a.none(), "sink"_a.none(), "causal"_a, "window"_a.none(), "scale"_a,
+           "softcap"_a.none(), "kv_len"_a, "kv_block"_a, "q_tile"_a, "lead"_a, "query_stride"_a, "share_group"_a, "sinks"_a, "near"_a, "unit"_a, "exponential"_a,
            "threads"_a)
       .def("set_sketch", &set_sketch, "key"_a, "bits"_a, "sketch_bits"_a, "digits"_a, "planes"_a, "plane_stride"_a, "scale"_a,
            "channel_scale"_a, "error"_a, "metric_error"_a,

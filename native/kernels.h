@@ -99,6 +99,7 @@ struct Scan {
   int64_t key_stride;      // bytes from key to key
   const uint16_t* scale;   // fp16 scale of key 0
   int64_t scale_stride;    // elements
+  float softcap;           // natural logits; 0: none
   int64_t kv_len;
   const int64_t* low;      // [groups * SCAN_ROWS] the row sees keys low..high-1
   const int64_t* high;

@@ -313,7 +313,7 @@ class Choice {
         for (int64_t r = 0; r < width; ++r) {
           float& x = dots[(j - from) * width + r];
           const bool sees = j >= u_.low[r] && j < u_.high[r] && !masked(j);
-          x = sees ? x * static_cast<float>(g_.scale * LOG2E) : -INFINITE;
+          x = sees ? static_cast<float>(capped(static_cast<double>(x) * g_.scale, g_.softcap) * LOG2E) : -INFINITE;
         }
       k_.fold(dots.data(), to - from, to - from, width, mass.data());
       const double norm = read<float>(g_.key_norm, u_.batch, u_.kv_head, b);

@@ -27,7 +27,7 @@ struct Gate {
   const float* sink;             // [q_heads] or null
   bool causal;
   int64_t window;                // -1: none
-  float scale;
+  float scale, softcap;          // softcap 0: none
   int64_t kv_len, kv_block;      // kv_block a multiple of 16
   int64_t q_tile, lead, query_stride;
   bool share_group;

@@ -1,5 +1,6 @@
 // What the parts of the gate of decoding share: the rows that choose together, and what they may see.
 #pragma once
+#include <cmath>
 #include <vector>
 
 #include "buffer.h"
@@ -27,6 +28,9 @@ struct GateUnit {
   Buffer<float> mass;            // [panels or blocks][width] base-2 log masses
   Buffer<float> lower;           // [panels][width] for proofs: lower bounds, and then `mass` holds upper ones
 };
+
+// cap * tanh(x / cap), or x where there is no cap; in fp32, so that logits which the reference cannot tell apart are equal
+inline double capped(double x, float cap) { return cap == 0 ? x : cap * std::tanh(static_cast<float>(x / cap)); }
 
 std::vector<GateUnit> units_of(const Gate& g);
 

@@ -28,7 +28,8 @@ struct Errors {
   float scale;          // of the largest key scale: hidden planes and the rounding of the query
   float plain, metric;  // of the norms of the full sketch's errors, of which the smaller product counts
   float norm;           // of the key norm: rounded products and sums, as in bounds.logit_margin
-  float rest;           // 2^-15 covers the short exponential and the logarithm
+  float rest;           // 2^-15 covers the short exponential and the logarithm, 2^-20 of a cap its tangent
+  bool capped;          // logits go through a cap, which moves no two of them apart: what a key errs by counts, no more
 
   // How far above and below its sketched logarithm a panel's mass may lie. `share` is the 2-norm of its weights over their sum;
   // the last two bound spectral norms. As bounds.sketch_upper and sketch_lower, with log(1 + x) <= x and phi(E) as a series.
@@ -37,6 +38,10 @@ struct Errors {
     const float each = scale * largest, e = each + std::min(plain * by_plain, metric * by_metric);
     const float t = 4 * each + std::min(plain * spectral, metric * metric_spectral);  // 16 keys: the square root of their number
     const float margin = norm * (key_norm + by_plain) + rest, unit = static_cast<float>(LOG2E * (1 + 1e-6));
+    if (capped) {
+      above = below = (e + margin) * unit;
+      return;
+    }
     const float first = std::min(e, t * share);
     const float second = (0.5f + e * (1.0f / 6) + e * e * (1.0f / 12)) * std::min(e * e, t * t * share);
     above = (e < 1 ? std::min(e, first + second) : e) * unit + margin * unit;
@@ -51,7 +56,7 @@ Errors errors_of(const Gate& g, const ScanRow& r, int bits) {
   const auto outward = [&](double x) { return static_cast<float>(x * unit); };
   return {outward(g.scale * (hidden / 2 * r.step * r.size + r.rest * levels / 2 * std::sqrt(d))), outward(g.scale * r.norm),
           outward(g.scale * r.stretched), outward((d + keys + 16) * 0x1p-24 * g.scale * r.norm),
-          outward((keys + 16) * 0x1p-24 + 0x1p-15)};
+          outward((keys + 16) * 0x1p-24 + 0x1p-15 + g.softcap * 0x1p-20), g.softcap != 0.0f};
 }
 
 // A positive half, infinity included.
@@ -318,7 +323,7 @@ int64_t score_means(const Gate& g, std::vector<GateUnit>& units) {
           continue;
         }
         const double norm = r < static_cast<int64_t>(u.rows.size()) ? u.rows[r].norm : 0.0;
-        const double x = (g.scale * static_cast<double>(mass[r]) + reach * norm) * LOG2E + size;
+        const double x = capped(g.scale * static_cast<double>(mass[r]) + reach * norm, g.softcap) * LOG2E + size;
         // keys after the query are in the summary of a block that is cut: it is kept anyway and must not rank others down
         mass[r] = u.low[r] > from || u.high[r] < to || !(x > -1e30) ? -1e30f : static_cast<float>(x);
       }
@@ -362,6 +367,7 @@ void pack(const Gate& g, const GateUnit& u, int bits, Packed& out) {
   s.key_stride = g.planes.stride[2];
   s.scale = entry<uint16_t>(g.key_scale, u.batch, u.kv_head, 0);
   s.scale_stride = g.key_scale.stride[3];
+  s.softcap = g.softcap;
   s.kv_len = g.kv_len;
   s.low = u.low.data();
   s.high = u.high.data();

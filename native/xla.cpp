@@ -347,6 +347,7 @@ void run_scan(const Frame& f, int64_t item) {
   g.causal = f.integer("causal");
   g.window = f.integer("window");
   g.scale = static_cast<float>(f.number("scale"));
+  g.softcap = static_cast<float>(f.number("softcap"));
   g.kv_len = filled(f, item, g.q.shape[2], f.integer("kv_len"));
   g.kv_block = f.integer("block_size");
   g.q_tile = f.integer("query_tile");

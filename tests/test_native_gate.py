@@ -12,7 +12,7 @@ from sieve_attn import geometry as g
 from sieve_attn.patterns import Sinks, Window
 from sieve_attn.policies import Adaptive, Aether, Policy, TopBlocks
 from sieve_attn.scores import Euclidean, KeySketch, Mean
-from sieve_attn.selection import Mass, RelativeThreshold, TargetSparsity, Threshold, TopK
+from sieve_attn.selection import Certified, Mass, RelativeThreshold, TargetSparsity, Threshold, TopK
 from sieve_attn.selection import native as gate
 from sieve_attn.testing import GENERATORS, Shape, choices
 from sieve_attn.testing.choices import reference, tiles_of
@@ -45,13 +45,14 @@ def level(request):
 def assert_same_choice(call, policy, geometry=None):
     geometry = g.build(call.key, policy.block_size, policy.statistics, key_mask=call.key_mask) if geometry is None else geometry
     assert gate.why_not(call, geometry, policy, False) == ()
-    choices.assert_same_choice(pipeline.select(call, geometry, policy), call, geometry, policy)
+    selection, counts, dense = gate.select(call, geometry, policy)
+    choices.assert_same_choice((selection, counts, pipeline.fallbacks(policy, *counts, dense)), call, geometry, policy)
 
 
 @st.composite
 def cases(draw):
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    q_len = draw(st.integers(16, 140))
+    q_len = draw(st.one_of(st.integers(1, 15), st.integers(16, 140)))
     kv_len = draw(st.integers(1, 400)) if draw(st.booleans()) else q_len
     dim = draw(st.sampled_from([8, 17, 64, 80, 130]))
     shape = Shape(draw(st.integers(1, 2)), kv_heads * group, kv_heads, q_len, kv_len, dim, 3)
@@ -66,7 +67,7 @@ def cases(draw):
         options["window"] = draw(st.integers(1, 60))
     if draw(st.integers(0, 3)) == 0:
         options["softcap"] = draw(st.sampled_from([2.0, 20.0]))
-    if q_len == kv_len and draw(st.booleans()):
+    if 1 < q_len == kv_len and draw(st.booleans()):
         inner = sorted(draw(st.sets(st.integers(1, q_len - 1), max_size=4)))
         options["cu_seqlens"] = torch.tensor([0, *inner, q_len])
     return shape, policy, options
@@ -218,7 +219,6 @@ def test_what_kernels_do_not_know_goes_to_the_reference():
     geometry = g.build(k, 16, policy.statistics)
     assert gate.why_not(call, geometry, policy, False) == ()
     declined = {
-        "16 queries": (Call(q[:, :, :15], k, v, scale=0.25), policy, False),
         "a bias": (Call(q, k, v, scale=0.25, bias=torch.zeros(1, 1, 64, 64)), policy, False),
         "a mask": (Call(q, k, v, scale=0.25, mask=torch.ones(1, 1, 64, 64, dtype=torch.bool)), policy, False),
         "every query": (call, policy, True),
@@ -233,6 +233,18 @@ def test_the_report_says_who_chose():
     for options, wanted in (({}, "native"), ({"backend": "reference"}, "reference"), ({"per_query": True}, "reference")):
         assert attention(q, k, v, TopBlocks(1), return_report=True, **options)[1].selected_by == wanted
     assert attention(q, k, v, return_report=True)[1].selected_by == ""
+
+
+@pytest.mark.parametrize("options", [{"softcap": 30.0}, {"window": 40}, {}], ids=str)
+@pytest.mark.parametrize(("queries", "keys", "size"), [(1, 40, 16), (1, 500, 24), (3, 500, 16), (1, 500, 16)])
+def test_no_step_of_decoding_falls_back(options, queries, keys, size):
+    """Caps, blocks that the scan does not take, and the first tokens, which calibrate the sketch, have kernels too."""
+    q, k, v = gaussian(6, Shape(1, 4, 2, queries, keys, 16, 8))
+    for selector in (TopK(2), Mass(0.8), Certified(0.1)):
+        policy = Policy(KeySketch(8), selector, block_size=size)
+        _, report = attention(q, k, v, policy, causal=True, return_report=True, **options)
+        assert report.selected_by == "native"
+        assert report.certificate.dropped_mass.max() <= (0.1 if selector.needs_brackets else 1.0)
 
 
 def test_a_wider_sketch_serves_by_its_leading_planes():

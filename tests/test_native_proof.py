@@ -92,7 +92,7 @@ def assert_promise(call, found, error):
 @st.composite
 def cases(draw):
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    q_len = draw(st.integers(16, 140))
+    q_len = draw(st.one_of(st.integers(1, 15), st.integers(16, 140)))
     kv_len = draw(st.integers(1, 400)) if draw(st.booleans()) else q_len
     shape = Shape(draw(st.integers(1, 2)), kv_heads * group, kv_heads, q_len, kv_len, draw(st.sampled_from([8, 17, 64, 130])), 3)
     scorer = KeySketch(draw(st.sampled_from([2, 4, 7, 8])), draw(st.sampled_from([None, 8])))
@@ -109,7 +109,7 @@ def cases(draw):
         options["softcap"] = draw(st.sampled_from([2.0, 20.0]))
     if draw(st.integers(0, 3)) == 0:
         options["sink"] = torch.linspace(-3.0, 4.0, shape.q_heads)
-    if q_len == kv_len and draw(st.booleans()):
+    if 1 < q_len == kv_len and draw(st.booleans()):
         inner = sorted(draw(st.sets(st.integers(1, q_len - 1), max_size=4)))
         options["cu_seqlens"] = torch.tensor([0, *inner, q_len])
     return shape, policy, options

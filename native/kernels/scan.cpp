@@ -1,6 +1,7 @@
 // Integer dot products of rounded queries with bit planes of keys, and the log mass of every 16 keys.
 #include "kernels/functions.h"
 #include "kernels/four.h"
+#include "kernels/logits.h"
 #if defined(__AMX_INT8__) && defined(__GFNI__)
 #include "kernels/scan_amx.h"
 #elif defined(__AVX2__)
@@ -111,6 +112,9 @@ static inline void chunk_masses(const Scan& s, int64_t first, const int32_t* dot
         store(logits + i, ends ? x * load(scale + i) : x);
       }
     }
+    if (s.softcap != 0.0f)
+      for (int i = 0; i < SCAN_CHUNK * SCAN_ROWS; i += LANES)
+        store(logits + i, tanh_(load(logits + i) * (LN2 / s.softcap)) * (s.softcap * LOG2E));
     if (!whole)
       for (int i = 0; i < SCAN_CHUNK; ++i) {
         const int64_t key = base + i;

@@ -89,6 +89,7 @@ Choosing::Choosing(Random& random, bool decoding_, By by_, Keeps rule_, DType dt
     digits = rule == PROVED ? 2 : round ? 1 : 3;
   }
   threads = static_cast<int>(random.between(1, 3));
+  if (decoding && random.chance(0.25)) softcap = random.chance(0.5) ? 2.0f : 20.0f;
   settle(random);
 }
 
@@ -212,6 +213,7 @@ Gate Choosing::scan() const {
   g.causal = causal;
   g.window = window;
   g.scale = scale;
+  g.softcap = softcap;
   g.kv_len = kv_len;
   g.kv_block = size;
   g.q_tile = tile;

@@ -293,13 +293,13 @@ TEST(brackets_of_panels_hold_the_true_masses) {
               double dot = 0;
               for (int64_t e = 0; e < c.d; ++e) dot += c.q.get(u.batch, row.head, row.query, e) * c.key.get(u.batch, u.kv_head, j, e);
               number &= !std::isnan(dot);
-              x.push_back(dot * c.scale * LOG2E);
+              x.push_back((c.softcap != 0 ? c.softcap * std::tanh(dot * c.scale / c.softcap) : dot * c.scale) * LOG2E);
             }
             if (!number) continue;
             const double truth = log_sum(x), upper = u.mass[p * u.width + static_cast<int64_t>(r)];
             const double lower = u.lower[p * u.width + static_cast<int64_t>(r)];
             CHECK(lower <= truth && truth <= upper);
-            if (c.sketch_bits < 8 || x.empty() || (row.head + row.query) % 2 == 0) continue;
+            if (c.sketch_bits < 8 || c.softcap != 0 || x.empty() || (row.head + row.query) % 2 == 0) continue;
             widest += upper - lower;
             panels += 1;
           }

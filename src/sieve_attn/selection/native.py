@@ -23,7 +23,6 @@ from sieve_attn.types import Blocks, Call, Geometry, Selection
 Array = Any
 
 DTYPES = ("float32", "float16", "bfloat16")
-LEAST_QUERIES = 16
 LARGEST_DIM = 512
 COMPUTED = "keys whose logit was computed in order to choose"
 SCORERS = {KeySketch: 0, Mean: 1, Euclidean: 2}
@@ -42,8 +41,6 @@ def why_not(call: Call, geometry: Geometry, policy: Any, per_query: bool) -> tup
             reasons.append(f"kernels know {', '.join(DTYPES)}, not a {name} of {dtype}")
     if str(geometry.mean.dtype).rpartition(".")[2] != "float32":
         reasons.append("kernels read a geometry of float32")
-    if call.q_len < LEAST_QUERIES:
-        reasons.append(f"the prefill gate takes at least {LEAST_QUERIES} queries, not {call.q_len}")
     if call.query.shape[3] > LARGEST_DIM:
         reasons.append(f"kernels take at most {LARGEST_DIM} channels, not {call.query.shape[3]}")
     reasons += declined(call, policy, per_query, SCORERS, SELECTORS)

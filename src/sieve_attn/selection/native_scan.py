@@ -52,7 +52,7 @@ def why_not(call: Call, geometry: Geometry, policy: Any, per_query: bool) -> tup
         reasons.append(f"it does not know {scorer.__name__} with {rule.__name__}")
     if rule is Certified and scorer is not KeySketch:
         reasons.append("it proves with KeySketch alone")
-    for name in ("mask", "bias", "softcap", "cu_seqlens"):
+    for name in ("mask", "bias", "cu_seqlens"):
         if getattr(call, name) is not None:
             reasons.append(f"it has no {name}")
     if policy.block_size % 16:
@@ -107,9 +107,10 @@ def select(call: Call, geometry: Geometry, policy: Any) -> tuple[Selection, tupl
         radius=None if geometry.radius is None else held(geometry.radius),
         key_mask=None if call.key_mask is None else held(call.key_mask),
         sink=None if call.sink is None else held(xp.contiguous(xp.cast(call.sink, xp.float32))), causal=bool(call.causal),
-        window=call.window, scale=float(call.scale), kv_len=geometry.kv_len, kv_block=policy.block_size, q_tile=policy.query_tile,
-        lead=lead, query_stride=policy.query_stride, share_group=bool(policy.share_group), sinks=sinks, near=near,
-        unit=ROUNDING.unit, exponential=ROUNDING.exponential, threads=native.threads(call.query),
+        window=call.window, scale=float(call.scale), softcap=call.softcap, kv_len=geometry.kv_len,
+        kv_block=policy.block_size, q_tile=policy.query_tile, lead=lead, query_stride=policy.query_stride,
+        share_group=bool(policy.share_group), sinks=sinks, near=near, unit=ROUNDING.unit, exponential=ROUNDING.exponential,
+        threads=native.threads(call.query),
     )  # fmt: skip
     if isinstance(policy.scorer, KeySketch):
         sketch, certified = geometry.sketch, rule == "certified"
