@@ -195,13 +195,9 @@ def attend(
     return _attend(call, selection, dispatch.choose(backend, _request(call, DENSE, selection))[0], None)
 
 
-def selection_backend(call: Call, geometry: Geometry, policy: Policy, per_query: bool, backend: str) -> str:
-    """``triton`` or ``native`` where kernels choose for this call, else ``reference``, which alone knows every policy."""
-    return _kernels(call, geometry, policy, per_query, backend)[0]
-
-
 def _kernels(call: Call, geometry: Geometry, policy: Policy, per_query: bool, backend: str) -> tuple[str, Any]:
-    """``(name, module)`` of the kernels that choose for this call: on the device, or in C++ for a few queries or tile by tile."""
+    """``(name, module)`` of what chooses for this call: kernels on the device, or in C++ for a few queries or tile by tile, else
+    ``reference``, which alone knows every policy, and None."""
     asked = (call, geometry, policy, per_query)
     # most calls are on a CPU, where Triton runs only if it is named
     if backend == "triton" or (backend == "auto" and _device(call.query) != "cpu"):

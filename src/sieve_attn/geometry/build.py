@@ -47,10 +47,9 @@ def _chosen(key: Array, block_size: int, asked: Statistics, value: Array | None,
     """The module that summarises ``key``; only where Triton is named does its interpreter serve."""
     if backend == "reference":
         return reference
-    on_cpu = str(getattr(key, "device", "cpu")).startswith("cpu")
     # on a CPU Triton runs only if it is named
-    if (backend == "triton" or (backend == "auto" and not on_cpu)) and not device.why_not(
-        key, block_size, value, named=backend == "triton"
-    ):
+    elsewhere = not str(getattr(key, "device", "cpu")).startswith("cpu")
+    may = backend == "triton" or (backend == "auto" and elsewhere)
+    if may and not device.why_not(key, block_size, value, named=backend == "triton"):
         return device
     return reference if native.why_not(key, asked) else native
