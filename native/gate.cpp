@@ -98,19 +98,53 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, RowSpace
       }
     if (set.rows) act(set);
   };
-  const int64_t asked = w.asked, scored = w.scored;
-  auto scored_rows = [&](bool two_levels, auto&& looked, auto&& act) {
+  const int64_t asked = w.asked, scored = w.scored, passed = w.passed;
+  auto marked_keys = [&] {
+    int64_t keys = 0;
+    for (int64_t n = f.whole_from; n < f.whole_to; ++n)
+      if (marks[n]) keys += weight(b, n);
+    for (size_t e = 0; e < f.edge.size(); ++e)
+      if (marks[f.edge[e]]) keys += f.edge_weight[e];
+    return keys;
+  };
+  auto too_many = [&](int64_t keys) {
+    return (t_.rule == KEEP_MASS || t_.rule == KEEP_PROVED) && t_.dense_above < 1.0 &&
+           static_cast<float>(keys) > static_cast<float>(t_.dense_above) * static_cast<float>(every);
+  };
+  bool dense = false;
+  // The rules that do not rank mark block after block: once all that rows see is marked, or enough for the tile to turn dense,
+  // those rows have nothing to add. Where attention is spread over everything, the first rows decide for the tile.
+  auto adds_nothing = [&](const Lanes& lanes) {
+    if (ranks) return false;
+    dense = dense || (t_.dense_above < 1.0 && too_many(marked_keys()));
+    return dense || !std::memchr(marks + lanes.first, 0, lanes.last - lanes.first);
+  };
+  auto unmarked_rows = [&](auto&& looked, auto&& act) {
     each_set(looked, [&](const RowSet& set) {
-      int64_t first, last;
-      const float unit = score(set, head, f, two_levels, first, last, w);
-      if (first < last) act(first, last, unit, set.rows);
+      const Lanes lanes = lanes_of(set, f);
+      if (lanes.first == lanes.last) return;
+      if (adds_nothing(lanes))
+        w.passed += lanes.last - lanes.first;
+      else
+        act(set, lanes);
     });
   };
+  auto scored_rows = [&](bool two_levels, auto&& looked, auto&& act) {
+    unmarked_rows(looked, [&](const RowSet& set, const Lanes& lanes) {
+      act(lanes.first, lanes.last, score(set, head, lanes, two_levels, w), set.rows);
+    });
+  };
+  if (!ranks) {
+    for (int64_t block : f.forced) marks[block] = 1;
+    for (int32_t block : head.broken)
+      if (block >= f.from && block < f.to) marks[block] = 1;
+    unseen([&](int64_t n) { marks[n] = 1; });
+  }
 
   if (all) {
     std::memset(marks + f.from, 1, f.to - f.from);
   } else if (seen && t_.rule == KEEP_PROVED) {
-    each_set([](int64_t) { return true; }, [&](const RowSet& set) { prove(set, head, f, w); });
+    unmarked_rows([](int64_t) { return true; }, [&](const RowSet& set, const Lanes& lanes) { prove(set, head, f, lanes, w); });
   } else if (seen) {
     float* best = w.best.get();
     const auto look = [&](bool two_levels) {
@@ -126,9 +160,11 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, RowSpace
             const float* x = w.estimate.get();
             if (ranks)
               k_.largest_share(x, last - first, unit, best + first);
-            else if (t_.rule == ABOVE)
+            else if (t_.rule == ABOVE) {
               k_.largest(x, last - first, best + first);
-            else if (t_.rule == NEAR_BEST)
+              const float base = t_.scoring == BY_KEYS ? 0.693147180559945309417f : 1.0f, level = static_cast<float>(t_.level);
+              for (int64_t n = first; n < last; ++n) marks[n] |= best[n] * base > level;
+            } else if (t_.rule == NEAR_BEST)
               k_.mark_above(x, last - first, static_cast<float>(t_.level) * (LOG2E / unit), marks + first);
             else
               k_.mark_mass(x, last - first, unit, static_cast<float>(t_.level), rows, marks + first, w.weights.get());
@@ -138,12 +174,13 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, RowSpace
     if (ranks && head.group_mean) {
       // what was passed over has smaller shares than this, so only more than this may be kept
       const float least = static_cast<float>(std::log2(far_share())) + 1e-3f;
-      if (std::count_if(best + f.from, best + f.to, [&](float x) { return x > least; }) < wanted) look(false);
+      if (std::count_if(best + f.from, best + f.to, [&](float x) { return x > least; }) < wanted) {
+        w.asked = asked;
+        w.scored = scored;
+        look(false);
+      }
     }
-    if (t_.rule == ABOVE) {
-      const float unit = t_.scoring == BY_KEYS ? 0.693147180559945309417f : 1.0f, level = static_cast<float>(t_.level);
-      for (int64_t n = f.from; n < f.to; ++n) marks[n] |= best[n] * unit > level;
-    } else if (ranks) {
+    if (ranks) {
       // blocks that only queries between the strides see rank last, before the invisible ones
       for (int64_t n = f.from; n < f.to; ++n) best[n] = std::max(best[n], LOWEST);
       unseen([&](int64_t n) { best[n] = -INFINITE; });
@@ -198,22 +235,17 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, RowSpace
   };
   list.reserve(std::min(seen, wanted + static_cast<int64_t>(f.forced.size())));
   collect();
-  int64_t kept = 0;
-  for (int32_t n : list)
-    if (n >= f.whole_from && n < f.whole_to) kept += weight(b, n);
-  for (size_t e = 0; e < f.edge.size(); ++e)
-    if (marks[f.edge[e]]) kept += f.edge_weight[e];
-  bool dense = false;
-  if ((t_.rule == KEEP_MASS || t_.rule == KEEP_PROVED) && t_.dense_above < 1.0 &&
-      static_cast<float>(kept) > static_cast<float>(t_.dense_above) * static_cast<float>(every)) {
-    dense = true;
+  int64_t kept = marked_keys();
+  dense = too_many(kept);
+  if (dense) {
     kept = every;
     std::memset(marks + f.from, 1, f.to - f.from);
     unseen([&](int64_t n) { marks[n] = 0; });
     collect();
   }
   // of the keys that rows see, on average over the tile
-  const double share = w.asked > asked ? static_cast<double>(w.scored - scored) / static_cast<double>(w.asked - asked) : 1.0;
+  const int64_t rows = w.asked - asked + w.passed - passed;
+  const double share = rows > 0 ? static_cast<double>(w.scored - scored) / static_cast<double>(rows) : 1.0;
   const bool multiplied = t_.scoring == BY_KEYS && !all;
   out.computed[item] = multiplied ? static_cast<int64_t>(static_cast<double>(every) * std::min(share, 1.0)) : 0;
   out.kept[item] = kept;
@@ -269,7 +301,7 @@ bool Gate::settles(int64_t b, int64_t kv, const float* balls, int64_t groups, He
   head.group_mean = balls;
   head.group_radius = balls + groups * d_;
   head.group_addend = balls + groups * (d_ + 1);
-  w.asked = w.scored = 0;
+  w.asked = w.scored = w.passed = 0;
   for (int64_t tile : {tiles_ - 1, tiles_ / 2}) choose(b, kv * (t_.heads / kv_heads_), tile, head, w, out);
   return static_cast<double>(w.scored) < WORTH * static_cast<double>(w.asked);
 }

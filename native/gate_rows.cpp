@@ -65,7 +65,7 @@ void GateRows::early_rows(const RowSet& set, const Head& head, bool* is_early, b
   }
 }
 
-Lanes GateRows::look(const RowSet& set, const Frame& f) const {
+Lanes GateRows::lanes_of(const RowSet& set, const Frame& f) const {
   const Sequence& sequence = sequences_[set.b];
   Lanes lanes{};
   lanes.all_high = kv_len_;
@@ -139,12 +139,9 @@ void GateRows::halve(const int8_t* codes, float* half) const {
   for (int i = 0; i < LANE_ROWS; ++i) half[i] = 0.5f * static_cast<float>(sum[i]);
 }
 
-float GateRows::score(const RowSet& set, const Head& head, const Frame& f, bool two_levels, int64_t& first, int64_t& last,
-                      RowSpace& w) const {
-  const Lanes lanes = look(set, f);
-  first = lanes.first;
-  last = lanes.last;
-  if (first == last) return 1.0f;
+float GateRows::score(const RowSet& set, const Head& head, const Lanes& lanes, bool two_levels, RowSpace& w) const {
+  const int64_t first = lanes.first, last = lanes.last;
+  w.asked += last - first;
   const int32_t d = static_cast<int32_t>(d_), wide = static_cast<int32_t>(wide_);
   if (t_.scoring != BY_KEYS) {
     float reach[LANE_ROWS];
@@ -184,11 +181,13 @@ float GateRows::score(const RowSet& set, const Head& head, const Frame& f, bool 
     s.q_codes = integers ? w.q_codes.get() : nullptr;
     s.half = half;
     if (integers && t_.bits == 8) halve(w.q_codes.get(), half);
-    if (grouped)
+    if (grouped) {
       score_near(s, head, step, w);
-    else
-      k_.score_keys(s);
+      return 1.0f;
+    }
+    k_.score_keys(s);
   }
+  w.scored += last - first;
   if (some_early) {
     plain_queries(set, w, nullptr);
     score_keys_themselves(set, lanes, w, all_early ? w.estimate.get() : w.other.get());

@@ -32,7 +32,8 @@ struct RowSpace {
   Buffer<int32_t> priority, list;
   Buffer<int8_t> q_codes;
   std::vector<uint8_t> marks, first, reached, open;
-  int64_t asked = 0, scored = 0;  // blocks that rows see, and those whose keys were multiplied
+  // blocks that rows see, those whose keys were multiplied, and those of rows that had nothing to add to a tile
+  int64_t asked = 0, scored = 0, passed = 0;
 };
 
 // Up to sixteen rows of one KV head.
@@ -46,13 +47,14 @@ class GateRows : public Sight {
  public:
   explicit GateRows(const GateTask& t);
 
-  // Estimates of the blocks first..last-1 that some row sees; returns what turns them into base-2 logarithms.
-  float score(const RowSet& set, const Head& head, const Frame& f, bool two_levels, int64_t& first, int64_t& last,
-              RowSpace& w) const;
+  // What the rows see, a row a lane.
+  Lanes lanes_of(const RowSet& set, const Frame& f) const;
+  // Estimates of the blocks that some row sees; returns what turns them into base-2 logarithms.
+  float score(const RowSet& set, const Head& head, const Lanes& lanes, bool two_levels, RowSpace& w) const;
   double far_share() const;
   void group_keys(const Head& head, int64_t first, int64_t last, float* mean, float* radius, float* addend) const;
   // Marks what the rows must keep so that each drops at most `level` of its mass.
-  void prove(const RowSet& set, const Head& head, const Frame& f, RowSpace& w) const;
+  void prove(const RowSet& set, const Head& head, const Frame& f, const Lanes& lanes, RowSpace& w) const;
 
  protected:
   const GateTask& t_;
@@ -62,7 +64,6 @@ class GateRows : public Sight {
  private:
   bool structurally_sees(int64_t query, int64_t key) const;
   bool early(const Head& head, int64_t query) const;
-  Lanes look(const RowSet& set, const Frame& f) const;
   void early_rows(const RowSet& set, const Head& head, bool* is_early, bool& some, bool& all) const;
   void plain_queries(const RowSet& set, RowSpace& w, float* norm) const;
   KeyScore keys_of(const RowSet& set, const Head& head, const Lanes& lanes, const float* factor, RowSpace& w) const;

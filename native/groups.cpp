@@ -69,7 +69,6 @@ void GateRows::score_near(const KeyScore& s, const Head& head, const float* step
   const Lanes& lanes = s.lanes;
   const int64_t size = GROUP * t_.block_size;
   const int64_t from = (lanes.all_low + size - 1) / size, to = std::min(lanes.all_high, kv_len_) / size;
-  w.asked += lanes.last - lanes.first;
   if (to - from < FEWEST_GROUPS) {
     w.scored += lanes.last - lanes.first;
     k_.score_keys(s);

@@ -1,6 +1,7 @@
 """The kernel gate on every instruction set against the reference: the same choice, but where estimates tie within rounding."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -298,8 +299,35 @@ def test_groups_of_blocks_are_passed_over_where_they_weigh_nothing():
 def test_one_level_remains_where_everything_weighs_something():
     q, k, v = gaussian(2, Shape(1, 2, 1, 128, 17_000, 32, 8), torch.bfloat16)
     for policy in GROUPED:
-        _, report = attention(q, k, v, policy, causal=True, return_report=True)
+        # sixteen rows a tile, so that no others can decide for them
+        _, report = attention(q, k, v, replace(policy, share_group=False), causal=True, return_report=True)
         assert torch.equal(report.computed, report.visible)
+
+
+SPREAD = (
+    Policy(KeySketch(4, query_bits=8), Mass(0.9999)),
+    Policy(KeySketch(4), Threshold(-9.0)),
+    Policy(KeySketch(4, query_bits=8), RelativeThreshold(30.0), Sinks(20)),
+    Policy(KeySketch(8), Certified(1e-4), Window(64)),
+    Adaptive(0.95, dense_above=0.3),
+)
+
+
+@pytest.mark.parametrize("policy", SPREAD, ids=repr)
+@pytest.mark.parametrize("options", [{"causal": True}, {}, {"window": 300}], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_that_have_nothing_to_add_are_passed_over(policy, options, masked):
+    """Where attention is spread over everything, the first rows of a tile decide for all of them."""
+    q, k, v = gaussian(8, Shape(1, 4, 2, 512, 512, 32, 8))
+    if masked:
+        present = torch.ones(1, 512, dtype=torch.bool)
+        present[:, 100:180] = False
+        options = options | {"key_mask": present}
+    assert_same_choice(Call(q, k, v, scale=32**-0.5, **options), policy)
+    _, report = attention(q, k, v, policy, return_report=True, **options)
+    assert report.selected_by == "native"
+    assert torch.equal(report.kept, report.visible)
+    assert report.computed.sum() < 0.4 * report.visible.sum()
 
 
 def test_a_choice_that_reaches_beyond_the_groups_looked_at_is_made_again():
