@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "attend.h"
+#include "buffer.h"
 #include "decode.h"
 #include "gate.h"
 #include "geometry.h"
@@ -491,6 +492,7 @@ NB_MODULE(_native, m) {
       found[h.name] = nb::steal(PyCapsule_New(reinterpret_cast<void*>(h.run), "xla._CUSTOM_CALL_TARGET", nullptr));
     return found;
   });
+  m.def("prefer_huge_pages", [](uintptr_t p, size_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(p), bytes); }, "pointer"_a, "bytes"_a);
   m.def("level", &level);
   m.def("levels", &levels);
   m.def("force_level", &force_level);

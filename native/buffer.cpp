@@ -36,6 +36,14 @@ Shelf& shelf() {
 
 }  // namespace
 
+void prefer_huge_pages(void* p, size_t bytes) noexcept {
+#if defined(__linux__)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / HUGE_PAGE * HUGE_PAGE;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 void* take_memory(size_t bytes) {
   const size_t size = rounded(bytes);
   if (bytes >= LARGE) {
@@ -53,9 +61,7 @@ void* take_memory(size_t bytes) {
   }
   void* fresh = std::aligned_alloc(grain(bytes), size);
   if (!fresh) throw std::bad_alloc();
-#if defined(__linux__)
-  if (bytes >= LARGE) madvise(fresh, size, MADV_HUGEPAGE);
-#endif
+  if (bytes >= LARGE) prefer_huge_pages(fresh, size);
   return fresh;
 }
 

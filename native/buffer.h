@@ -6,6 +6,10 @@
 
 namespace sieve {
 
+// Asks the system to put memory that nobody has written yet on large pages, where it leaves that to programs: blocks far apart are
+// then found without walking through tables of pages. What is smaller than such a page, or around it, stays as it is.
+void prefer_huge_pages(void* p, size_t bytes) noexcept;
+
 void* take_memory(size_t bytes);  // throws std::bad_alloc
 void give_memory(void* p, size_t bytes) noexcept;
 

@@ -2,8 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from sieve_attn import geometry, native
+from sieve_attn.geometry import Stream
+from sieve_attn.layers.growing import GrowingArrays
+from sieve_attn.policies import TopBlocks
 
 PROGRAM = """
 import resource, sys, torch
@@ -35,3 +42,32 @@ def test_3072_tokens_need_less_than_the_dense_logits_and_their_copies():
 @pytest.mark.long
 def test_16000_tokens_need_less_than_two_gigabytes():
     assert growth(16_000, 8) < 2.0
+
+
+def asks_for_large_pages(x):
+    """Whether the memory in the middle of ``x`` is marked for pages of 2 MB."""
+    middle, inside = x.data_ptr() + x.untyped_storage().nbytes() // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        if not name.endswith(":"):
+            start, _, stop = name.partition("-")
+            inside = int(start, 16) <= middle < int(stop, 16)
+        elif inside and name == "VmFlags:":
+            return "hg" in rest.split()
+    raise AssertionError("the system does not know this memory")
+
+
+@pytest.mark.skipif(bool(native.missing()), reason="pure-Python installation")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no large pages on this system")
+def test_caches_and_their_geometry_lie_on_large_pages():
+    key, statistics = torch.randn(1, 4, 140_000, 64), TopBlocks(8).statistics
+    assert not asks_for_large_pages(key)  # what others allocate stays as they made it
+    for held in GrowingArrays.empty(1, 4, (64, 64), key.device, key.dtype).append((key, key)).arrays:
+        assert torch.equal(held, key)
+        assert asks_for_large_pages(held)
+    assert asks_for_large_pages(geometry.build(key, 16, statistics).sketch.planes)
+    stream = Stream(16, statistics)
+    for length in (139_000, 140_000):
+        grown = stream.update(key[:, :, :length])
+    assert asks_for_large_pages(grown.sketch.planes)
+    assert asks_for_large_pages(grown.mean)

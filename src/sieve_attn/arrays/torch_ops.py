@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from sieve_attn.arrays import of_type
+# compiled code holds as long as no framework is added to those known: any call may meet NumPy's, which counts positions
+from sieve_attn.arrays import numpy_ops, of_type  # noqa: F401
 
 name = "torch"
 float16, bfloat16, float32, float64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -16,6 +16,7 @@ from sieve_attn.bench.cases import Case
 from sieve_attn.bench.inputs import KEYS, density_of, inputs, random_blocks
 from sieve_attn.bench.prepared import Prepared, moved, which_backend
 from sieve_attn.bench.settings import Settings
+from sieve_attn.layers.growing import GrowingArrays
 from sieve_attn.pipeline import attend, attention
 from sieve_attn.types import Call, Geometry
 
@@ -108,7 +109,8 @@ def overlap(mine: set, theirs: set) -> str:
 def decode(case: Case, settings: Settings) -> Prepared:
     """One step against a cache. Its geometry exists before, as it streams along; scan, choice and attending are timed."""
     host = inputs(case, settings.seed)
-    query, key, value = moved(host, settings.device)
+    query, *held = moved(host, settings.device)
+    key, value = cached(*held)
     policy = None if case.policy is None else policies.parse(case.policy)
     selection = geometry = None
     if policy is not None:
@@ -163,6 +165,12 @@ def decode(case: Case, settings: Settings) -> Prepared:
     if settings.device != "cpu":
         return Prepared(unasked, check, others, first=call, notes=tuple(notes))
     return Prepared(call, check, others, parts=lambda r: {} if r[2] is None else split(r[2]), notes=tuple(notes))
+
+
+def cached(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Keys and values as the cache of a sparse model holds them: in buffers with room behind, on large pages."""
+    widths = (key.shape[3], value.shape[3])
+    return GrowingArrays.empty(*key.shape[:2], widths, key.device, key.dtype).append((key, value)).arrays
 
 
 def scan_bytes(geometry: Geometry, policy: policies.Policy) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from sieve_attn import native
+
 PROC = Path("/proc/self")
 PEAK_BY = (
     "growth of resident memory during the first call of a row: VmHWM, reset through /proc/self/clear_refs after malloc_trim, "
@@ -161,7 +163,7 @@ def read_bandwidth(size: int | None = None, repeats: int = 3, device: str = "cpu
     """
     if size is None:
         size = 1 << 31 if device == "cuda" else max(2 * last_level_cache(), 1 << 28)
-    words = torch.ones(size // 4, dtype=torch.float32, device=device)
+    words = native.on_large_pages(torch.empty(size // 4, dtype=torch.float32, device=device)).fill_(1.0)
     left, right = words.chunk(2) if len(words) % 2 == 0 else words[:-1].chunk(2)
     whole = words[: len(words) // 2 * 2].view(torch.int64)
     readers = {"int64 sum": whole.sum, "fp32 sum": words.sum, "fp32 dot": lambda: torch.dot(left, right)}

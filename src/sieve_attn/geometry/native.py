@@ -51,7 +51,7 @@ def build(
     made: dict[str, Array] = {}
 
     def fresh(name: str, dtype: Any, *shape: int) -> Array:
-        made[name] = xp.empty((batch, heads, *shape), dtype, key)
+        made[name] = native.on_large_pages(xp.empty((batch, heads, *shape), dtype, key))
         return made[name]
 
     fresh("count", xp.int32, blocks)
@@ -65,7 +65,7 @@ def build(
         fresh("high", xp.float32, blocks, dim)
     per_block = dict(made)
     if bits:
-        made["planes"] = xp.empty((bits, batch, heads, kv_len, -(-dim // 8)), xp.uint8, key)
+        made["planes"] = native.on_large_pages(xp.empty((bits, batch, heads, kv_len, -(-dim // 8)), xp.uint8, key))
         for name in ("scale", "error", "metric_error"):
             fresh(name, xp.float16, kv_len)
         if channel_scale is None:

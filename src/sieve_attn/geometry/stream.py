@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sieve_attn import arrays
+from sieve_attn import native as kernels
 from sieve_attn.geometry import native
 from sieve_attn.geometry.build import build
 from sieve_attn.geometry.edit import head, map_arrays, reorder, sealed_blocks, tail
@@ -80,7 +81,7 @@ class Stream:
         capacity = 2 * blocks
 
         def grow(x, axis, length):
-            bigger = xp.allocate_like(x, axis, length)
+            bigger = kernels.on_large_pages(xp.allocate_like(x, axis, length))
             bigger[(slice(None),) * axis + (slice(0, x.shape[axis]),)] = x
             return bigger
 

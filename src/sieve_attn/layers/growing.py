@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sieve_attn import checks
+from sieve_attn import checks, native
 
 LEAST = 64
 _CLAIMS = Lock()  # one for all: it is held for two lines, and caches are copied and pickled
@@ -99,6 +99,8 @@ class GrowingArrays:
         for old in self.arrays:
             batch, heads, _, width = old.shape
             buffer = old.new_empty(batch, heads, capacity, width)
+            if not torch.compiler.is_compiling():
+                native.on_large_pages(buffer)
             buffer[:, :, : self.length] = old
             buffers.append(buffer)
         return _Storage(buffers, self.length)
