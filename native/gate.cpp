@@ -99,10 +99,22 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, RowSpace
     if (set.rows) act(set);
   };
   const int64_t asked = w.asked, scored = w.scored, passed = w.passed;
-  auto marked_keys = [&] {
-    int64_t keys = 0;
-    for (int64_t n = f.whole_from; n < f.whole_to; ++n)
-      if (marks[n]) keys += weight(b, n);
+  std::vector<int32_t>& list = out.list[item];
+  // Lists the blocks that are marked, and counts the keys of them that are visible.
+  auto collect = [&] {
+    list.clear();
+    int64_t n = f.from, keys = 0;
+    for (; n + 8 <= f.to; n += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, marks + n, 8);
+      if (!eight) continue;
+      for (int64_t i = n; i < n + 8; ++i)
+        if (marks[i]) list.push_back(static_cast<int32_t>(i));
+    }
+    for (; n < f.to; ++n)
+      if (marks[n]) list.push_back(static_cast<int32_t>(n));
+    for (int32_t block : list)
+      if (block >= f.whole_from && block < f.whole_to) keys += weight(b, block);
     for (size_t e = 0; e < f.edge.size(); ++e)
       if (marks[f.edge[e]]) keys += f.edge_weight[e];
     return keys;
@@ -116,7 +128,7 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, RowSpace
   // those rows have nothing to add. Where attention is spread over everything, the first rows decide for the tile.
   auto adds_nothing = [&](const Lanes& lanes) {
     if (ranks) return false;
-    dense = dense || (t_.dense_above < 1.0 && too_many(marked_keys()));
+    dense = dense || (t_.dense_above < 1.0 && too_many(collect()));
     return dense || !std::memchr(marks + lanes.first, 0, lanes.last - lanes.first);
   };
   auto unmarked_rows = [&](auto&& looked, auto&& act) {
@@ -219,23 +231,8 @@ void Gate::choose(int64_t b, int64_t h, int64_t tile, const Head& head, RowSpace
                   });
   }
 
-  std::vector<int32_t>& list = out.list[item];
-  auto collect = [&] {
-    list.clear();
-    int64_t n = f.from;
-    for (; n + 8 <= f.to; n += 8) {
-      uint64_t eight;
-      std::memcpy(&eight, marks + n, 8);
-      if (!eight) continue;
-      for (int64_t i = n; i < n + 8; ++i)
-        if (marks[i]) list.push_back(static_cast<int32_t>(i));
-    }
-    for (; n < f.to; ++n)
-      if (marks[n]) list.push_back(static_cast<int32_t>(n));
-  };
   list.reserve(std::min(seen, wanted + static_cast<int64_t>(f.forced.size())));
-  collect();
-  int64_t kept = marked_keys();
+  int64_t kept = collect();
   dense = too_many(kept);
   if (dense) {
     kept = every;

@@ -147,6 +147,41 @@ def test_strides_and_numpy():
             assert np.array_equal(getattr(arrays.sketch, f.name), x.numpy()), f.name
 
 
+def copied(k):
+    """The same keys, whose channels do not lie side by side."""
+    return k.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("spread", [0.0, 3.0, 11.0, 16.0])
+def test_keys_read_where_they_lie_give_the_bits_of_their_copies(dim, spread):
+    """One pass over whole blocks, and quotients by products and corrections, round as the steps of a block in parts do."""
+    source = torch.Generator().manual_seed(int(spread) + dim)
+    k = torch.randn(2, 2, 1500, dim, generator=source) * torch.randn(2, 2, 1500, 1, generator=source).exp()
+    k = k * 10.0 ** (spread * (2.0 * torch.rand(dim, generator=source) - 1.0))
+    k[0, 0, 40:60] = 0.0
+    k[0, 1, 100:120, ::3] = 1e-30
+    k[1, 0, 200] = torch.inf
+    k[1, 1, 300:310] *= 1e12
+    for keys in (k, k.bfloat16()):
+        for size in (16, 24):
+            mine, theirs = (kernels.build(x, size, statistics(4)) for x in (keys, copied(keys)))
+            assert torch.equal(mine.sketch.channel_scale, theirs.sketch.channel_scale)
+            for part, other in ((mine, theirs), (mine.sketch, theirs.sketch)):
+                for f in fields(part):
+                    if isinstance(getattr(part, f.name), torch.Tensor):
+                        assert torch.equal(getattr(part, f.name), getattr(other, f.name)), (f.name, size, keys.dtype)
+
+
+def test_quotients_of_whole_blocks_are_those_of_division():
+    """A unit in the last place of the largest quotient of a key moves its scale once in some thousand keys."""
+    source = torch.Generator().manual_seed(5)
+    k = torch.randn(1, 4, 60_000, 64, generator=source) * torch.rand(64, generator=source)
+    mine, theirs = (kernels.build(x, 16, Statistics(sketch_bits=1)).sketch for x in (k, copied(k)))
+    for name in ("scale", "planes", "error", "metric_error"):
+        assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+
+
 def test_thread_counts_change_no_bit():
     _, k, _ = gaussian(1, Shape(1, 3, 3, 1, 5000, 64, 5))
     one = kernels.build(k, 16, KNOWN)

@@ -10,6 +10,7 @@ namespace SIEVE_LEVEL {
 constexpr int CALIBRATION = 64;  // keys that fix the channel scale
 constexpr int MAX_VECTORS = 512 / LANES;  // head dimensions up to 512
 constexpr double UNIT = 5.9604644775390625e-8;
+constexpr int GROUP = 16;  // keys that are sketched together, stage by stage: one alone waits for its own results
 constexpr float LARGEST_HALF = 65504.0f;
 constexpr float SAFE_SQUARE_LOW = 1e-30f, SAFE_SQUARE_HIGH = 1e38f;  // sums of squares between them lost nothing
 
@@ -39,15 +40,6 @@ static inline vf fused(vf a, vf b, vf c) {
 #endif
 }
 
-static inline float square_sum(const float* x, int wide) {
-  vf total = vf{};
-  for (int i = 0; i < wide; i += LANES) {
-    const vf y = load(x + i);
-    total = fused(y, y, total);
-  }
-  return sum(total);
-}
-
 // Sums of four vectors at once: half the work of four single ones.
 static inline void sum_four(vf a, vf b, vf c, vf d, float* out) {
 #if defined(__AVX512F__)
@@ -66,6 +58,18 @@ static inline void sum_four(vf a, vf b, vf c, vf d, float* out) {
   out[2] = sum(c);
   out[3] = sum(d);
 #endif
+}
+
+// Adds up as sum_rows does, to the last bit.
+static inline float square_sum(const float* x, int wide) {
+  vf total = vf{};
+  for (int i = 0; i < wide; i += LANES) {
+    const vf y = load(x + i);
+    total = fused(y, y, total);
+  }
+  float out[4];
+  sum_four(total, total, total, total, out);
+  return out[0];
 }
 
 // Euclidean norm that neither overflows nor loses small numbers, before any rounding outward.
@@ -90,6 +94,25 @@ static inline uint16_t error_above(float squares, const float* e, int wide, floa
   for (int i = 0; i < wide; ++i)
     if (e[i] != 0.0f) return 1;  // the smallest half: squares underflow, the number does not vanish
   return 0;
+}
+
+// The same for `count` up to GROUP keys at once: `rows` are their errors, `wide` apart.
+static inline void errors_above(const float* squares, int count, const float* rows, int wide, float outward, uint16_t* out) {
+#if defined(__AVX2__)
+  vi unsafe = vi{};
+  for (int l = 0; l < GROUP; l += LANES) {
+    const vf x = load(squares + l);
+    unsafe |= ~((x >= splat(SAFE_SQUARE_LOW)) & (x <= splat(SAFE_SQUARE_HIGH)));
+  }
+  if (count == GROUP && !any_lane(unsafe)) {
+    for (int l = 0; l < GROUP; l += 8) {
+      const __m256 e = _mm256_mul_ps(_mm256_sqrt_ps(_mm256_loadu_ps(squares + l)), _mm256_set1_ps(outward));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + l), _mm256_cvtps_ph(e, _MM_FROUND_TO_POS_INF));
+    }
+    return;
+  }
+#endif
+  for (int k = 0; k < count; ++k) out[k] = error_above(squares[k], rows + k * wide, wide, outward);
 }
 
 void channel_scale(const View& key, int64_t b, int64_t h, const uint8_t* part, float* out) {
@@ -137,12 +160,26 @@ void channel_scale(const View& key, int64_t b, int64_t h, const uint8_t* part, f
   }
 }
 
+// x / a, rounded once, where y is 1 / a rounded once and nothing leaves the normal numbers: the first correction leaves an error of
+// less than a unit in the last place, from which the second rounds as division does (Markstein). A third of its time.
+static inline vf divided(vf x, vf a, vf y) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  vf q = x * y;
+  q = fused(fused(-q, a, x), y, q);
+  return fused(fused(-q, a, x), y, q);
+#else
+  (void)y;
+  return x / a;
+#endif
+}
+
 struct Quantiser {
   int wide, d;
   float top, levels;  // (2^bits - 1) / 2 and 2^bits - 1
   const float* scale;    // [wide], 1 behind the last channel
   const float* inverse;  // [wide]
   bool extreme;          // 1 / scale may leave the normal numbers: divide
+  bool ordinary;         // nothing that matters leaves them when keys of ordinary length are divided by scale
   const float* live;     // [wide] all ones as bits, 0 behind the last channel
   float clip[8];  // zeros behind the last
 };
@@ -157,8 +194,6 @@ static void clips_of(int bits, Quantiser& s) {
   const int row = bits <= 4 ? bits : 0;
   for (int i = 0; i < count[row]; ++i) s.clip[i] = table[row][i];
 }
-
-constexpr int GROUP = 16;  // keys that are sketched together, stage by stage: one alone waits for its own results
 
 static inline void round_to_half(vf x, uint16_t* bits, float* value) {
 #if defined(__AVX512F__)
@@ -177,11 +212,12 @@ static inline void round_to_half(vf x, uint16_t* bits, float* value) {
 #endif
 }
 
-// Up to GROUP keys [count][wide]: their codes [count][wide], their scales, what the codes lose (`error`, also over the channel
-// scale as `metric`) and the sums of the squares of both. Vectors is wide / LANES, or 0; Clips how many there are.
+// Up to GROUP keys [count], `pitch` apart, `usual` if their lengths are ordinary: their codes [count][wide], their scales, what the
+// codes lose (`error`, also over the channel scale as `metric`) and the sums of the squares of both, key by key. Vectors is
+// wide / LANES, or 0; Clips how many there are.
 template <int Vectors, int Clips, bool Ragged>
-static inline void sketch_keys(const Quantiser& s, const float* keys, const uint8_t* valid, int count, uint8_t* codes, float* error,
-                               float* metric, uint16_t* scales, float (*squares)[2]) {
+static inline void sketch_keys(const Quantiser& s, const float* keys, int64_t pitch, bool usual, const uint8_t* valid, int count,
+                               uint8_t* codes, float* error, float* metric, uint16_t* scales, float (*squares)[GROUP]) {
   const int n = Vectors ? Vectors : s.wide / LANES, wide = Vectors ? Vectors * LANES : s.wide;
   float peak[GROUP] = {}, steps[Clips][GROUP], inverse[Clips][GROUP], losses[GROUP][8];
   uint16_t rounded[Clips][GROUP];
@@ -189,7 +225,8 @@ static inline void sketch_keys(const Quantiser& s, const float* keys, const uint
   for (int i = 0; i < count; ++i) {
     vf peaks = vf{};
     for (int v = 0; v < n; ++v) {
-      const vf x = load(keys + i * wide + v * LANES) / load(s.scale + v * LANES);
+      const vf a = load(s.scale + v * LANES), k = load(keys + i * pitch + v * LANES);
+      const vf x = usual ? divided(k, a, load(s.inverse + v * LANES)) : k / a;
       store(white + i * wide + v * LANES, x);
       peaks = max_(size_of(x), peaks);
     }
@@ -224,6 +261,7 @@ static inline void sketch_keys(const Quantiser& s, const float* keys, const uint
   }
   // The code is the floor of a quotient. A product by the inverse gives the same but next to an integer: there it is divided.
   const vf close = splat((s.levels + 1.0f) * 1e-6f);
+  vf by_norm[GROUP], by_metric[GROUP];
   for (int i = 0; i < count; ++i) {
     float least = losses[i][0];
     int best = 0;
@@ -246,7 +284,7 @@ static inline void sketch_keys(const Quantiser& s, const float* keys, const uint
       for (int v = 0; v < n; ++v) level[v] = min_(max_(load(white + i * wide + v * LANES) / divisor + half, vf{}), highest);
     }
     const vi counts = splat_int(valid[i] ? -1 : 0);
-    vf by_norm = vf{}, by_metric = vf{};
+    by_norm[i] = by_metric[i] = vf{};
     for (int v = 0; v < n; ++v) {
       const vi whole = __builtin_convertvector(level[v], vi);
       uint8_t* to = codes + i * wide + v * LANES;
@@ -259,21 +297,22 @@ static inline void sketch_keys(const Quantiser& s, const float* keys, const uint
       for (int l = 0; l < LANES; ++l) to[l] = (uint8_t)whole[l];
 #endif
       const vf a = load(s.scale + v * LANES);
-      vf e = load(keys + i * wide + v * LANES) - (__builtin_convertvector(whole, vf) - top) * w * a;
+      vf e = load(keys + i * pitch + v * LANES) - (__builtin_convertvector(whole, vf) - top) * w * a;
       if (Ragged) e = (vf)((vi)e & (vi)load(s.live + v * LANES));
       e = (vf)((vi)e & counts);
       store(error + i * wide + v * LANES, e);
       const vf m = __builtin_expect(s.extreme, 0) ? e / a : e * load(s.inverse + v * LANES);
       store(metric + i * wide + v * LANES, m);
-      by_norm = fused(e, e, by_norm);
-      by_metric = fused(m, m, by_metric);
+      by_norm[i] = fused(e, e, by_norm[i]);
+      by_metric[i] = fused(m, m, by_metric[i]);
     }
-    float sums[4];
-    sum_four(by_norm, by_metric, by_norm, by_metric, sums);
-    squares[i][0] = sums[0];
-    squares[i][1] = sums[1];
     if (Ragged)
       for (int c = s.d; c < wide; ++c) codes[i * wide + c] = 0;
+  }
+  for (int i = count; i < (count + 3) / 4 * 4; ++i) by_norm[i] = by_metric[i] = vf{};
+  for (int i = 0; i < count; i += 4) {
+    sum_four(by_norm[i], by_norm[i + 1], by_norm[i + 2], by_norm[i + 3], squares[0] + i);
+    sum_four(by_metric[i], by_metric[i + 1], by_metric[i + 2], by_metric[i + 3], squares[1] + i);
   }
 }
 
@@ -340,13 +379,50 @@ static inline bool read_block(const KeyRun& r, int64_t first, int n, int wide, f
   return broken;
 }
 
+// One pass over rows: the sums of their channels, and the largest sum of squares. False where some row is too short or too long
+// for its sum, or no number.
+template <int Vectors>
+static inline bool sum_rows(const float* rows, int64_t pitch, int n, float* totals, float* largest) {
+  vf total[Vectors ? Vectors : 1] = {};
+  float high = 0.0f;
+  bool safe = true;
+  const auto note = [&](float squares) {
+    safe &= squares >= SAFE_SQUARE_LOW && squares <= SAFE_SQUARE_HIGH;
+    high = squares > high ? squares : high;
+  };
+  int i = 0;
+  for (; i + 4 <= n; i += 4) {
+    vf squares[4] = {};
+#pragma GCC unroll 16
+    for (int v = 0; v < Vectors; ++v) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const vf x = load(rows + (i + k) * pitch + v * LANES);
+        total[v] += x;
+        squares[k] = fused(x, x, squares[k]);
+      }
+    }
+    float four[4];
+    sum_four(squares[0], squares[1], squares[2], squares[3], four);
+    for (int k = 0; k < 4; ++k) note(four[k]);
+  }
+  for (; i < n; ++i) {
+    for (int v = 0; v < Vectors; ++v) total[v] += load(rows + i * pitch + v * LANES);
+    note(square_sum(rows + i * pitch, Vectors * LANES));
+  }
+  for (int v = 0; v < Vectors; ++v) store(totals + v * LANES, total[v]);
+  *largest = high;
+  return safe;
+}
+
 // At least the largest distance of the valid rows from `centre` (null: from zero).
-static inline float reach(const float* rows, const uint8_t* valid, int n, int wide, const float* centre, float* apart, int d) {
+static inline float reach(const float* rows, int64_t pitch, const uint8_t* valid, int n, int wide, const float* centre, float* apart,
+                          int d) {
   const double outward = 1.0 + (d + 8) * UNIT;
   float squares = 0.0f, careful = 0.0f;
   for (int i = 0; i < n; ++i) {
     if (!valid[i]) continue;
-    const float* row = rows + (int64_t)i * wide;
+    const float* row = rows + i * pitch;
     if (centre) {
       for (int c = 0; c < wide; c += LANES) store(apart + c, load(row + c) - load(centre + c));
       row = apart;
@@ -382,6 +458,7 @@ static void summarise_run(const KeyRun& r) {
   if (r.bits) {
     s.wide = wide;
     s.d = r.d;
+    s.ordinary = true;
     s.levels = (float)((1 << r.bits) - 1);
     s.top = s.levels / 2.0f;
     clips_of(r.bits, s);
@@ -389,7 +466,8 @@ static void summarise_run(const KeyRun& r) {
     s.inverse = inverse;
     for (int c = 0; c < wide; ++c) {
       scale[c] = c < r.d ? r.channel_scale[c] : 1.0f;
-      if (!(scale[c] > 1e-30f && scale[c] < 1e30f)) s.extreme = true;
+      s.extreme |= !(scale[c] > 1e-30f && scale[c] < 1e30f);
+      s.ordinary &= scale[c] > 1e-12f && scale[c] < 1e12f;
       inverse[c] = 1.0f / scale[c];
       const int32_t ones = c < r.d ? -1 : 0;
       memcpy(live + c, &ones, 4);
@@ -401,19 +479,47 @@ static void summarise_run(const KeyRun& r) {
     const int64_t first = block * size;
     const int n = (int)(kv_len - first < size ? kv_len - first : size);
     uint8_t* valid = size <= 256 ? small : reinterpret_cast<uint8_t*>(rest + spectral_scratch(size, r.d));
-    int count = 0, sound = 0;
-    const bool broken = read_block(r, first, n, wide, rows, valid, &count);
-    for (int i = 0; i < n; ++i) sound += valid[i];
-    const float norm = reach(rows, valid, n, wide, nullptr, apart, r.d);
-    const vf keys = splat(sound > 1 ? (float)sound : 1.0f);
+    // rows side by side that all take part are read once, where they lie; others are copied, in part as zeros
+    const float* keys = rows;
+    int64_t pitch = wide;
+    float largest = 0.0f;
+    bool whole = Vectors && r.key->stride[3] == 1 && !(r.part && memchr(r.part + first, 0, n));
+    if (whole && r.key->dtype == F32) {
+      keys = reinterpret_cast<const float*>(at(*r.key, r.b, r.h, first, 0));
+      pitch = r.key->stride[2];
+      if (block + 1 < r.last && kv_len - first >= 2 * size)
+        for (int i = 0; i < size; ++i)
+          for (int c = 0; c < wide; c += 16) __builtin_prefetch(keys + (size + i) * pitch + c);
+    } else if (whole) {
+      for (int i = 0; i < n; ++i) read_row(at(*r.key, r.b, r.h, first + i, 0), 1, r.key->dtype, wide, wide, rows + (int64_t)i * wide);
+    }
+    whole = whole && sum_rows<Vectors>(keys, pitch, n, centre, &largest);
+    int count = n, sound = n;
+    bool broken = false;
+    float norm;
+    if (whole) {
+      memset(valid, 1, n);
+      norm = round_up(__builtin_sqrt((double)largest) * (1.0 + (r.d + 8) * UNIT));
+    } else {
+      keys = rows;
+      pitch = wide;
+      broken = read_block(r, first, n, wide, rows, valid, &count);
+      sound = 0;
+      for (int i = 0; i < n; ++i) sound += valid[i];
+      norm = reach(rows, wide, valid, n, wide, nullptr, apart, r.d);
+      for (int c = 0; c < wide; c += LANES) {
+        vf total = vf{};
+        for (int i = 0; i < n; ++i) total += load(rows + (int64_t)i * wide + c);
+        store(centre + c, total);
+      }
+    }
+    const vf among = splat(sound > 1 ? (float)sound : 1.0f);
     bool finite = !broken && norm < infinity;
     vi bad = vi{};
     for (int c = 0; c < wide; c += LANES) {
-      vf total = vf{};
-      for (int i = 0; i < n; ++i) total += load(rows + (int64_t)i * wide + c);
-      total /= keys;
-      bad |= (total - total) != vf{};
-      store(centre + c, total);
+      const vf mean = load(centre + c) / among;
+      bad |= (mean - mean) != vf{};
+      store(centre + c, mean);
     }
     for (int l = 0; l < LANES; ++l) finite &= bad[l] == 0;
     if (!finite) memset(centre, 0, sizeof(float) * wide);
@@ -421,7 +527,7 @@ static void summarise_run(const KeyRun& r) {
     r.finite[block] = finite;
     r.key_norm[block] = norm;
     memcpy(r.mean + block * r.d, centre, sizeof(float) * r.d);
-    if (r.radius) r.radius[block] = reach(rows, valid, n, wide, centre, apart, r.d);
+    if (r.radius) r.radius[block] = reach(keys, pitch, valid, n, wide, centre, apart, r.d);
     if (r.low) {
       float* low = r.low + block * r.d;
       float* high = r.high + block * r.d;
@@ -429,7 +535,7 @@ static void summarise_run(const KeyRun& r) {
         float least = infinity, greatest = -infinity;
         for (int i = 0; i < n; ++i) {
           if (!valid[i]) continue;
-          const float x = rows[(int64_t)i * wide + c];
+          const float x = keys[i * pitch + c];
           least = x < least ? x : least;
           greatest = x > greatest ? x : greatest;
         }
@@ -441,13 +547,12 @@ static void summarise_run(const KeyRun& r) {
     for (int i = 0; i < n; i += GROUP) {
       const int some = n - i < GROUP ? n - i : GROUP;
       const int64_t j = first + i, at_row = (int64_t)i * wide;
-      float squares[GROUP][2];
-      sketch_keys<Vectors, Clips, Ragged>(s, rows + at_row, valid + i, some, codes, error + at_row, metric + at_row, r.scale + j, squares);
-      for (int k = 0; k < some; ++k) {
-        pack_planes(codes + k * wide, r.d, r.bits, r.planes + (j + k) * bytes, r.plane_stride);
-        r.error[j + k] = error_above(squares[k][0], error + at_row + k * wide, wide, sketch_outward);
-        r.metric_error[j + k] = error_above(squares[k][1], metric + at_row + k * wide, wide, sketch_outward);
-      }
+      float squares[2][GROUP] = {};
+      sketch_keys<Vectors, Clips, Ragged>(s, keys + i * pitch, pitch, whole && s.ordinary, valid + i, some, codes, error + at_row,
+                                          metric + at_row, r.scale + j, squares);
+      for (int k = 0; k < some; ++k) pack_planes(codes + k * wide, r.d, r.bits, r.planes + (j + k) * bytes, r.plane_stride);
+      errors_above(squares[0], some, error + at_row, wide, sketch_outward, r.error + j);
+      errors_above(squares[1], some, metric + at_row, wide, sketch_outward, r.metric_error + j);
     }
     if (r.spectral) {
       r.spectral[block] = largest_eigenvalue(error, n, size, r.d, wide, rest) * sketch_outward;
