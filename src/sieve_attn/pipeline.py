@@ -140,7 +140,7 @@ def attention(
     if return_report:
         kept, visible = counts if counts is not None else count_keys(call, selection)
         results.append(Report(
-            policy=repr(policy), backend=name, why_backend=why, bound=repr(policy.certifier), kept=kept, visible=visible,
+            policy=policy.text, backend=name, why_backend=why, bound=repr(policy.certifier), kept=kept, visible=visible,
             requested_sparsity=None if policy.selector is None else policy.selector.requested_sparsity,
             selected_by=selected_by, computed=call.shared.get(gate.COMPUTED), fall_back=fall_back, seconds=seconds,
             geometry_from=geometry_from, selection=selection,
