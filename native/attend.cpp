@@ -239,7 +239,7 @@ struct BackwardUnit {
 void attend(const Attention& a, const View& out, float* lse) {
   const Plan plan(a);
   const Kernels& k = kernels();
-  const bool bf16 = k.bf16_tiles && a.q.dtype == BF16;
+  const bool bf16 = k.multiplies_bf16 && a.q.dtype == BF16;
   const bool in_place = !bf16 && rows_in_place(k, a.v);
   const int64_t wide_v = up(a.v.shape[3], 16), wide_d = bf16 ? up(a.k.shape[3], 32) : a.k.shape[3];
   const int64_t padded_panels = up(plan.key_panels, 2);

@@ -494,6 +494,7 @@ NB_MODULE(_native, m) {
   });
   m.def("prefer_huge_pages", [](uintptr_t p, size_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(p), bytes); }, "pointer"_a, "bytes"_a);
   m.def("level", &level);
+  m.def("halves_vectors", &halves_vectors);
   m.def("levels", &levels);
   m.def("force_level", &force_level);
 }

@@ -219,7 +219,8 @@ struct BlockScore {
 };
 
 struct Kernels {
-  bool bf16_tiles;    // whether attend_bf16 exists (AMX)
+  bool multiplies_bf16;  // whether attend_bf16 exists
+  bool bf16_lines;       // whether attend_lines_bf16 exists (AMX)
   bool value_panels;  // whether `attend` reads values in panels, else in rows
 
   // packing of panels first..last-1 of one head [kv_len][d]

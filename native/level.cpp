@@ -6,6 +6,10 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -35,6 +39,17 @@ struct Level {
 #if defined(__linux__) && defined(__x86_64__)
   // tile data is off until a process asks for it (arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA))
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
+
+constexpr unsigned ZEN_3_AND_4 = 0x19;  // a family of AMD's processors, of which Zen 4 has AVX-512
+
+bool found_halves() {
+#if defined(__x86_64__)
+  unsigned version, b, c, d;
+  return __builtin_cpu_is("amd") && __get_cpuid(1, &version, &b, &c, &d) && ((version >> 8) & 0xf) + ((version >> 20) & 0xff) == ZEN_3_AND_4;
 #else
   return false;
 #endif
@@ -111,6 +126,11 @@ std::atomic<const Level*>& chosen() {
 
 const Kernels& kernels() { return *chosen().load()->table; }
 std::string level() { return chosen().load()->name; }
+bool halves_vectors() {
+  static const bool halves = found_halves();
+  return halves;
+}
+
 void force_level(const std::string& name) { chosen().store(named(name)); }
 
 std::vector<std::string> levels() {

@@ -9,7 +9,7 @@ import torch
 
 from sieve_attn import functional, native, patterns
 from sieve_attn.attend import offset_op, offsets
-from sieve_attn.attend.offsets import Reach, choose_plan, reach
+from sieve_attn.attend.offsets import COSTS, GRADIENT_COSTS, Reach, choose_plan, reach
 from sieve_attn.functional import offset_attention
 from sieve_attn.patterns import GlobalTokens, MianChowla, OffsetPattern, Primes, RandomBlocks, Squares, Window
 from sieve_attn.testing import assert_close, oracle
@@ -268,6 +268,11 @@ def test_the_plan_follows_cost_and_is_reported():
         made = choose_plan("auto", primes, 16_384, 16_384, "bfloat16", "cuda", gradient=gradient)
         assert (made.name, made.modulus, len(made.residues) >= 8) == ("wheel", 30, True)
         assert choose_plan("auto", primes, 64, 16_384, "bfloat16", "cuda", gradient=gradient).name == "diagonals"
+    # where 512 bits take two turns, tiles pay off for bf16 alone, whose products are twice as fast
+    for gradient, dtype, name in ((False, "float32", "diagonals"), (False, "bfloat16", "wheel"), (True, "bfloat16", "diagonals")):
+        assert choose_plan("auto", primes, 16_384, 16_384, dtype, "vnni-halved", gradient=gradient).name == name
+    assert native.pace() in {*COSTS} - {"cuda"}
+    assert COSTS.keys() == GRADIENT_COSTS.keys()
     even = reach(patterns.Dilated(8_000, 2), 16_384)
     for gradient in (False, True):
         dense = choose_plan("auto", even, 16_384, 16_384, "float32", "avx512", gradient=gradient)

@@ -5,7 +5,8 @@
 namespace sieve {
 namespace SIEVE_LEVEL {
 
-bool attends_bf16();
+bool multiplies_bf16();
+bool bf16_lines();
 bool value_panels();
 void pack_keys(const View& k, int64_t b, int64_t h, int64_t first, int64_t last, float* out);
 void pack_keys_bf16(const View& k, int64_t b, int64_t h, int64_t first, int64_t last, uint16_t* out);

@@ -325,6 +325,17 @@ inline __m256i cvtneps_pbh(__m512 a) {
 }
 inline __m512i cvtne2ps_pbh(__m512 high, __m512 low) { return bits_of<__m512i>(Two<__m256i>{cvtneps_pbh(low), cvtneps_pbh(high)}); }
 
+inline float normal(float x) { return bits_of<uint32_t>(x) & 0x7f800000u ? x : bits_of<float>(bits_of<uint32_t>(x) & 0x80000000u); }
+inline __m512 dpbf16_ps(__m512 sum, __m512i a, __m512i b) {
+  Lanes<float> total = lanes<float>(sum);
+  const Lanes<uint16_t> x = lanes<uint16_t>(a), y = lanes<uint16_t>(b);
+  const auto number = [](uint16_t h) { return normal(bits_of<float>((uint32_t)h << 16)); };
+  for (int i = 0; i < 16; ++i)
+    for (int half = 1; half >= 0; --half)  // the upper product first; denormal numbers count as zero
+      total[i] = normal(__builtin_fmaf(number(x[2 * i + half]), number(y[2 * i + half]), normal(total[i])));
+  return bits_of<__m512>(total);
+}
+
 // Products of bytes and of bit matrices
 inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
   Lanes<int32_t> total = lanes<int32_t>(sum);

@@ -23,6 +23,7 @@
 #undef _mm512_cvtepi8_epi32
 #undef _mm512_cvtepu16_epi32
 #undef _mm512_cvtne2ps_pbh
+#undef _mm512_dpbf16_ps
 #undef _mm512_cvtneps_pbh
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtps_epi32
@@ -119,6 +120,7 @@
 #define _mm512_cvtepi8_epi32(a) emulated_512::widened<int8_t>(a)
 #define _mm512_cvtepu16_epi32(a) emulated_512::widened<uint16_t>(a)
 #define _mm512_cvtne2ps_pbh emulated_512::cvtne2ps_pbh
+#define _mm512_dpbf16_ps(sum, a, b) emulated_512::dpbf16_ps(sum, (__m512i)(a), (__m512i)(b))
 #define _mm512_cvtneps_pbh emulated_512::cvtneps_pbh
 #define _mm512_cvtph_ps emulated_512::cvtph_ps
 #define _mm512_cvtps_epi32 emulated_512::cvtps_epi32

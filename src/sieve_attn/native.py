@@ -49,6 +49,12 @@ def level() -> str | None:
     return None if missing() else module().level()
 
 
+def pace() -> str:
+    """What costs of kernels are listed under: the level, with ``-halved`` where 512 bits take two turns (Zen 4's AVX-512)."""
+    name = level() or "portable"
+    return f"{name}-halved" if name in ("avx512", "vnni") and module().halves_vectors() else name
+
+
 def view(x: Array) -> Any:
     """``x`` as the kernels see it; whoever makes it keeps ``x`` alive."""
     if hasattr(x, "data_ptr"):

@@ -60,10 +60,10 @@ def _read(text: str) -> Pattern:
 
 
 def chosen(query: Tensor, key: Tensor, value: Tensor, found: stage.Reach, plan: str, *, gradient: bool = False) -> stage.Plan:
-    dtype, level = _where(query, value)
-    if level == "cuda" and max(query.shape[3], value.shape[3]) > stage.LARGEST_TILED_DIM:
+    dtype, pace = _where(query, value)
+    if pace == "cuda" and max(query.shape[3], value.shape[3]) > stage.LARGEST_TILED_DIM:
         plan = "diagonals"
-    return stage.choose_plan(plan, found, query.shape[2], key.shape[2], dtype, level, gradient=gradient)
+    return stage.choose_plan(plan, found, query.shape[2], key.shape[2], dtype, pace, gradient=gradient)
 
 
 def weighed(query: Tensor, key: Tensor, value: Tensor, found: stage.Reach) -> list[stage.Plan]:
@@ -72,8 +72,8 @@ def weighed(query: Tensor, key: Tensor, value: Tensor, found: stage.Reach) -> li
 
 
 def _where(query: Tensor, value: Tensor) -> tuple[str, str]:
-    level = "cuda" if stage.on_device(query, value) else native.level() or "portable"
-    return str(query.dtype).removeprefix("torch."), level
+    pace = "cuda" if stage.on_device(query, value) else native.pace()
+    return str(query.dtype).removeprefix("torch."), pace
 
 
 @torch.library.custom_op("sieve_attn::offset_attention", mutates_args=())

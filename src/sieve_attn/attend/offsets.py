@@ -26,21 +26,25 @@ Array = Any
 
 PLANS = ("auto", "diagonals", "wheel")
 MODULI = (30, 240)
-# nanoseconds a pair of one head of dimension 64 on one core: (diagonals, wheel), by level and whether it is bf16. Only their
-# ratio counts; the wheel pays for the pairs of its tiles, kept or not. `amx` is a Xeon, `avx512` an EPYC (Zen 5).
+# nanoseconds a pair of one head of dimension 64 on one core: (diagonals, wheel), by `native.pace()` and whether it is bf16. Only
+# their ratio counts; the wheel pays for the pairs of its tiles, kept or not. `amx` is a Xeon, `vnni` an EPYC of Zen 5 (bf16 is
+# scaled from fp32), `-halved` one of Zen 4.
 COSTS = {
     "amx": {"bfloat16": (3.9, 0.63), "": (3.9, 1.65)},
-    "vnni": {"": (4.0, 1.4)},
+    "vnni": {"bfloat16": (4.0, 0.9), "": (4.0, 1.4)},
     "avx512": {"": (4.0, 1.4)},
+    "vnni-halved": {"bfloat16": (4.7, 1.9), "": (4.7, 3.3)},
+    "avx512-halved": {"": (4.7, 3.3)},
     "avx2": {"": (5.0, 4.0)},
     "portable": {"": (20.0, 14.0)},
     # a GPU, and all of it: diagonals read every pair's key and value from its second cache, tiles multiply on tensor cores
     # (fp32 on ordinary ones). From the data sheet of an H200, not measured.
     "cuda": {"": (0.06, 0.006), "float32": (0.12, 0.04)},
 }
-# the EPYC's are measured, so are the diagonals of the Xeon; the others are scaled from the forward costs
+# those of Zen 4 and 5 are measured, so are the diagonals of the Xeon; the others are scaled from the forward costs
 GRADIENT_COSTS = {
     "amx": {"": (9.4, 4.4)}, "vnni": {"": (9.2, 4.1)}, "avx512": {"": (9.2, 4.1)},
+    "vnni-halved": {"": (10.5, 8.9)}, "avx512-halved": {"": (10.5, 8.9)},
     "avx2": {"": (13.0, 9.0)}, "portable": {"": (45.0, 32.0)}, "cuda": {"": (0.2, 0.02), "float32": (0.4, 0.14)},
 }  # fmt: skip
 LARGEST_DIM = 512  # of the device's diagonals
@@ -81,15 +85,15 @@ class Plan:
         return f"{self.name} {self.modulus}" if self.modulus else self.name
 
 
-def choose_plan(plan: str, found: Reach, q_len: int, kv_len: int, dtype: str, level: str, *, gradient: bool = False) -> Plan:
-    """The plan to run, from the shapes, the offsets, the dtype and the instruction-set level alone; of gradients if asked.
+def choose_plan(plan: str, found: Reach, q_len: int, kv_len: int, dtype: str, pace: str, *, gradient: bool = False) -> Plan:
+    """The plan to run, from the shapes, the offsets, the dtype and the pace of the kernels alone; of gradients if asked.
 
     ``auto`` takes the cheapest of :func:`weigh`; ``wheel`` by name tiles every residue that holds at least two offsets, of the
     modulus that is estimated to be cheapest.
     """
     if plan not in PLANS:
         raise error("plan", f"must be one of {', '.join(PLANS)}", repr(plan), "use 'auto'")
-    diagonals, *wheels = weigh(found, q_len, kv_len, dtype, level, gradient=gradient, forced=plan == "wheel")
+    diagonals, *wheels = weigh(found, q_len, kv_len, dtype, pace, gradient=gradient, forced=plan == "wheel")
     if plan == "diagonals" or (plan == "auto" and q_len < LEAST_ROWS):
         return diagonals
     wheels = [wheel for wheel in wheels if wheel.residues] or [diagonals]
@@ -98,12 +102,12 @@ def choose_plan(plan: str, found: Reach, q_len: int, kv_len: int, dtype: str, le
 
 
 def weigh(
-    found: Reach, q_len: int, kv_len: int, dtype: str, level: str, *, gradient: bool = False, forced: bool = False
+    found: Reach, q_len: int, kv_len: int, dtype: str, pace: str, *, gradient: bool = False, forced: bool = False
 ) -> list[Plan]:
     """Diagonals and a wheel of each modulus with what they are estimated to cost. A residue is tiled where its dense triangle
     costs less than its exact pairs, or, if ``forced``, always."""
     table = GRADIENT_COSTS if gradient else COSTS
-    costs = table.get(level, table["portable"])
+    costs = table.get(pace, table["portable"])
     exact_cost, tile_cost = costs.get(dtype, costs[""])
     offsets = found.offsets[: np.searchsorted(found.offsets, kv_len)]
     per_offset = _pairs_of(offsets, q_len, kv_len)

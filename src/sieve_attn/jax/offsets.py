@@ -50,7 +50,7 @@ def offset_attention(
     inside = tuple(found.offsets[: np.searchsorted(found.offsets, call.kv_len)].tolist())
     prefix = min(found.prefix, call.kv_len)
     if choose(backend, call) == "native":
-        ran = stage.choose_plan(plan, found, call.q_len, call.kv_len, call.query.dtype.name, native.level())
+        ran = stage.choose_plan(plan, found, call.q_len, call.kv_len, call.query.dtype.name, native.pace())
         output, lse = _offsets(call.query, call.key, call.value, inside, prefix, call.scale, ran.modulus, ran.residues)
     else:
         output, lse = _in_jnp(call, inside, prefix)
