@@ -218,3 +218,41 @@ def test_a_ready_geometry_or_selection_skips_the_stages_before():
     assert second.geometry_from == "given"
     assert torch.equal(out, again)
     assert torch.equal(out, attention(q, k, v, policy, key_mask=mask, selection=report.selection))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    q_len=st.integers(1, 150), kv_len=st.integers(1, 150), tile=st.sampled_from([8, 64]), causal=st.booleans(),
+    share=st.booleans(), framework=st.sampled_from(["torch", "numpy"]),
+)  # fmt: skip
+def test_what_leaves_nothing_to_choose_is_neither_summarised_nor_scored(q_len, kv_len, tile, causal, share, framework):
+    """The same blocks, counts and outputs as those of the policy that goes the whole way."""
+    from sieve_attn import geometry
+
+    q, k, v = gaussian(1, Shape(2, 4, 2, q_len, kv_len, 8, 4))
+    if framework == "numpy":
+        q, k, v = (x.numpy() for x in (q, k, v))
+    blocks = -(-kv_len // 16)
+    policy = Policy(KeySketch(4, query_bits=8), TopK(blocks), Sinks(16), query_tile=tile, share_group=share)
+    out, lse, report = attention(q, k, v, policy, causal=causal, return_lse=True, return_report=True)
+    assert (report.selected_by, set(report.seconds), report.computed) == ("", {"selection", "attend"}, None)
+    made = geometry.build(k, 16, policy.statistics)
+    again, lse_again, chosen = attention(q, k, v, policy, causal=causal, geometry=made, return_lse=True, return_report=True)
+    assert chosen.selected_by != ""
+    mine, theirs = report.selection.blocks, chosen.selection.blocks
+    for field in ("batch", "heads", "q_len", "kv_len", "q_block", "kv_block", "lead", "row_mask"):
+        assert getattr(mine, field) == getattr(theirs, field), field
+    pairs = [(mine.row_ptr, theirs.row_ptr), (mine.block_index, theirs.listed.block_index), (out, again), (lse, lse_again)]
+    for x, y in [*pairs, (report.kept, chosen.kept), (report.visible, chosen.visible)]:
+        assert (x.dtype, tuple(x.shape)) == (y.dtype, tuple(y.shape))
+        assert bool((x == y).all())
+    assert float(report.certificate.dropped_mass.max()) == 0.0
+
+
+def test_something_is_chosen_where_a_block_or_a_key_may_be_left_out():
+    q, k, v = gaussian(1, Shape(1, 2, 2, 4, 64, 8, 4))
+    for policy, options in (
+        (TopBlocks(3), {}), (TopBlocks(4), {"key_mask": coins(1, 0.8, 1, 64)}), (TopBlocks(4), {"window": 20, "causal": True}),
+        (TopBlocks(4), {"mask": coins(2, 0.8, 1, 1, 4, 64)}), (TopBlocks(4), {"per_query": True}), (Adaptive(1.0), {}),
+    ):  # fmt: skip
+        assert attention(q, k, v, policy, return_report=True, **options)[1].selected_by != ""

@@ -244,6 +244,24 @@ def test_sealed_blocks_are_summarised_once(llama, prompt, monkeypatch):
     assert read == [(LENGTH + 1) % SPARSE.block_size] * 2
 
 
+def test_nothing_is_summarised_before_something_can_be_left_out(llama):
+    ids = torch.randint(3, VOCABULARY, (1, 60), generator=torch.Generator().manual_seed(4))
+    whole = _logits(llama, {"input_ids": ids[:, :48]})
+    sparsify(llama, policies.TopBlocks(3, sinks=0, window=0, query_stride=1))
+    cache = DynamicCache(config=llama.config)
+    steps = [_logits(llama, {"input_ids": part}, past_key_values=cache) for part in ids[:, :48].split((40, 7, 1), 1)]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+    assert _streams(cache) == []
+    assert [(layer.density, layer.geometry) for layer in report(llama).layers] == [(1.0, {})] * 2
+    for part in ids[:, 48:].split(1, 1):
+        _logits(llama, {"input_ids": part}, past_key_values=cache)
+    assert len(_streams(cache)) == 2
+    for layer in _streams(cache):
+        assert_recomputed_alike(layer, torch.ones(1, 60, dtype=torch.long))
+    assert [layer.geometry for layer in report(llama).layers] == [{"stream": 12}] * 2
+    assert report(llama).layers[0].density < 1.0
+
+
 def test_gradients_flow_through_the_cache(llama):
     sparsify(llama, policies.Aether(-torch.inf))
     ids = torch.arange(40)[None] % 30 + 3

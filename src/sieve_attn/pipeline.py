@@ -15,6 +15,8 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from sieve_attn import arrays, checks, dispatch
 from sieve_attn import geometry as stage_geometry
 from sieve_attn.attend import far_field as far
@@ -111,6 +113,9 @@ def attention(
         selection = _everything(call)
     elif selection is None and not policy.chooses_blocks:
         selection = _everything(call)
+    elif selection is None and geometry is None and _nothing_to_choose(call, policy, per_query):
+        selection, counts = _every_block(call, policy)
+        seconds["selection"], clock = perf_counter() - clock, perf_counter()
     elif selection is None:
         if geometry is None:
             geometry = stage_geometry.build(
@@ -262,6 +267,32 @@ def fallbacks(policy: Policy, kept: Array, visible: Array, dense: Array) -> tupl
     if policy.selector.needs_brackets and whole:
         fallbacks += (Fallback("the proof needed every visible block of a tile", whole),)
     return fallbacks
+
+
+def _nothing_to_choose(call: Call, policy: Policy, per_query: bool) -> bool:
+    """Whether all blocks that a tile sees are kept, which lengths alone tell: as many as a rank selector wants at least."""
+    if per_query or not policy.takes_all(call.kv_len) or _device(call.query) != "cpu":
+        return False
+    return call.window is None and all(getattr(call, name) is None for name in ("mask", "key_mask", "bias", "cu_seqlens"))
+
+
+def _every_block(call: Call, policy: Policy) -> tuple[Selection, tuple[Array, Array]]:
+    """``(selection, (kept, visible) key counts [batch, heads, tiles])`` of every block that some query of a tile sees."""
+    xp, size = arrays.namespace(call.query), policy.block_size
+    batch, heads = call.query.shape[0], call.key.shape[1] if policy.share_group else call.query.shape[1]
+    lead = call.lead(policy.query_tile)
+    tiles = -(-(call.q_len + lead) // policy.query_tile)
+    last = call.offset + np.minimum((np.arange(tiles) + 1) * policy.query_tile - lead, call.q_len)
+    seen = np.clip(last if call.causal else np.full(tiles, call.kv_len), 0, call.kv_len)
+    listed = [np.arange(count) for count in -(-seen // size)] * (batch * heads)
+    row_ptr = np.concatenate([[0], np.cumsum([len(x) for x in listed])])
+    index = np.concatenate(listed) if listed else np.zeros(0)
+    count = xp.asarray(np.broadcast_to(seen, (batch, heads, tiles)).copy(), xp.int64, call.query)
+    blocks = Blocks(
+        xp.asarray(row_ptr, xp.int64, call.query), xp.asarray(index, xp.int32, call.query), batch, heads, call.q_len, call.kv_len,
+        policy.query_tile, size, lead,
+    )  # fmt: skip
+    return Selection((blocks,)), (count, count)
 
 
 def _select(call: Call, geometry: Geometry, policy: Policy, per_query: bool):

@@ -85,6 +85,10 @@ class Policy:
     def chooses_blocks(self) -> bool:
         return self.selector is not None
 
+    def takes_all(self, kv_len: int) -> bool:
+        """Whether so few keys leave nothing to choose: every block is kept, unscored."""
+        return self.selector is not None and not self.far_field and self.selector.takes_all(-(-kv_len // self.block_size))
+
     @cached_property
     def statistics(self) -> Statistics:
         """What the geometry must hold to select."""

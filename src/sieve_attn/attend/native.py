@@ -1,8 +1,9 @@
 """C++ kernels on the CPU: fp32, fp16 and bf16, forward and backward, over blocks, ranges, offsets and single tokens.
 
-One build holds every instruction set (portable, AVX2, AVX-512, AMX); the best that the machine runs is chosen when first
-asked, or by ``SIEVE_LEVEL``. fp32 accumulation throughout; with AMX, bf16 inputs multiply as they are and probabilities are
-rounded to bf16 before they meet the values (their sum is not). Threads: torch's count.
+One build holds every instruction set (portable, AVX2, AVX-512, VNNI with AVX512-BF16, AMX); the best that the machine runs is
+chosen when first asked, or by ``SIEVE_LEVEL``. fp32 accumulation throughout; with AMX or AVX512-BF16, bf16 inputs multiply as
+they are and probabilities are rounded to bf16 before they meet the values (their sum is not). Those instructions take denormal
+numbers, below 2^-126, for zero. Threads: torch's count.
 """
 
 from __future__ import annotations

@@ -38,6 +38,10 @@ class Selector:
     def requested_sparsity(self) -> float | None:
         return None
 
+    def takes_all(self, blocks: int) -> bool:
+        """Whether a tile that sees at most ``blocks`` of them keeps every one, whatever the scores are."""
+        return False
+
 
 class RowSelector(Selector):
     """Every query chooses for itself."""

@@ -24,6 +24,9 @@ class TopK(RankSelector):
     def k(self, visible_blocks: Array) -> Array:
         return arrays.namespace(visible_blocks).minimum(visible_blocks, self.blocks)
 
+    def takes_all(self, blocks: int) -> bool:
+        return blocks <= self.blocks
+
 
 @dataclass(frozen=True)
 class TargetSparsity(RankSelector):
