@@ -19,7 +19,7 @@ DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 RECORDS = {
     "Zen 3": ["zen3/run.json", "zen3/index_ternary.json"],
-    "Zen 5": ["epyc.json"],
+    "Zen 4": ["zen4/run.json", "zen4/index_ternary.json"],
     "Xeon": sorted(f"xeon/{p.name}" for p in (DOCS / "benchmarks/xeon").glob("*.json")),
 }
 DENSITIES = ("1", "0.21", "0.065")
