@@ -159,12 +159,12 @@ def dropped_mass(xp: Any, log_kept: Array, log_dropped: Array, unit: float = UNI
 
     Nothing dropped (``log P = -inf``) is exactly 0; otherwise never below the smallest normal number.
     """
-    delta = (1.0 + 8 * unit) / (1.0 + xp.exp(log_kept - log_dropped))
-    delta = xp.minimum(xp.maximum(delta, SMALLEST), 1.0)
-    unknown = xp.isnan(log_kept) | (log_kept == math.inf) | xp.isnan(log_dropped)
-    delta = xp.where(xp.isnan(delta) | unknown, 1.0, delta)
     nothing = (log_dropped < 0) & ~xp.isfinite(log_dropped) & ~xp.isnan(log_dropped)
-    return xp.where(nothing, 0.0, delta)
+    unknown = xp.isnan(log_kept) | (log_kept == math.inf) | xp.isnan(log_dropped)
+    # what is decided already stays out of a difference of infinities
+    ratio = xp.exp(xp.where(unknown, 0.0, log_kept) - xp.where(nothing | unknown, 0.0, log_dropped))
+    delta = xp.minimum(xp.maximum((1.0 + 8 * unit) / (1.0 + ratio), SMALLEST), 1.0)
+    return xp.where(nothing, 0.0, xp.where(unknown, 1.0, delta))
 
 
 def bernoulli_kl(xp: Any, mean: Array, p: Array) -> Array:
