@@ -271,28 +271,29 @@ def fallbacks(policy: Policy, kept: Array, visible: Array, dense: Array) -> tupl
 
 def _nothing_to_choose(call: Call, policy: Policy, per_query: bool) -> bool:
     """Whether all blocks that a tile sees are kept, which lengths alone tell: as many as a rank selector wants at least."""
-    if per_query or not policy.takes_all(call.kv_len) or _device(call.query) != "cpu":
+    if per_query or not call.q_len or not policy.takes_all(call.kv_len) or _device(call.query) != "cpu":
         return False
     return call.window is None and all(getattr(call, name) is None for name in ("mask", "key_mask", "bias", "cu_seqlens"))
 
 
 def _every_block(call: Call, policy: Policy) -> tuple[Selection, tuple[Array, Array]]:
     """``(selection, (kept, visible) key counts [batch, heads, tiles])`` of every block that some query of a tile sees."""
-    xp, size = arrays.namespace(call.query), policy.block_size
-    batch, heads = call.query.shape[0], call.key.shape[1] if policy.share_group else call.query.shape[1]
+    xp, like = arrays.namespace(call.query), call.query
+    batch, heads = like.shape[0], call.key.shape[1] if policy.share_group else like.shape[1]
     lead = call.lead(policy.query_tile)
-    tiles = -(-(call.q_len + lead) // policy.query_tile)
+    tiles, units = -(-(call.q_len + lead) // policy.query_tile), batch * heads
     last = call.offset + np.minimum((np.arange(tiles) + 1) * policy.query_tile - lead, call.q_len)
-    seen = np.clip(last if call.causal else np.full(tiles, call.kv_len), 0, call.kv_len)
-    listed = [np.arange(count) for count in -(-seen // size)] * (batch * heads)
-    row_ptr = np.concatenate([[0], np.cumsum([len(x) for x in listed])])
-    index = np.concatenate(listed) if listed else np.zeros(0)
-    count = xp.asarray(np.broadcast_to(seen, (batch, heads, tiles)).copy(), xp.int64, call.query)
-    blocks = Blocks(
-        xp.asarray(row_ptr, xp.int64, call.query), xp.asarray(index, xp.int32, call.query), batch, heads, call.q_len, call.kv_len,
-        policy.query_tile, size, lead,
+    seen = np.clip(last, 0, call.kv_len) if call.causal else np.full(tiles, call.kv_len)
+    blocks = -(-seen // policy.block_size)
+    ends = blocks.cumsum()
+    row_ptr = np.append(0, np.arange(units)[:, None] * ends[-1] + ends)
+    index = np.tile(np.concatenate([np.arange(n, dtype=np.int32) for n in blocks]), units)
+    count = xp.asarray(np.tile(seen, units).reshape(batch, heads, tiles), xp.int64, like)
+    part = Blocks(
+        xp.asarray(row_ptr, xp.int64, like), xp.asarray(index, xp.int32, like), batch, heads, call.q_len, call.kv_len,
+        policy.query_tile, policy.block_size, lead,
     )  # fmt: skip
-    return Selection((blocks,)), (count, count)
+    return Selection((part,)), (count, count)
 
 
 def _select(call: Call, geometry: Geometry, policy: Policy, per_query: bool):
