@@ -2,6 +2,7 @@
 #include "attend.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -236,10 +237,20 @@ struct BackwardUnit {
 
 }  // namespace
 
+bool multiplies_bf16(const View& query, int threads) {
+  const Kernels& k = kernels();
+  if (!k.multiplies_bf16 || query.dtype != BF16) return false;
+  std::atomic<bool> ordinary{true};
+  parallel_for(query.shape[0] * query.shape[1], threads, [&](int64_t i, int) {
+    if (ordinary && !k.ordinary_bf16(query, i / query.shape[1], i % query.shape[1])) ordinary = false;
+  });
+  return ordinary;
+}
+
 void attend(const Attention& a, const View& out, float* lse) {
   const Plan plan(a);
   const Kernels& k = kernels();
-  const bool bf16 = k.multiplies_bf16 && a.q.dtype == BF16;
+  const bool bf16 = multiplies_bf16(a.q, a.threads);
   const bool in_place = !bf16 && rows_in_place(k, a.v);
   const int64_t wide_v = up(a.v.shape[3], 16), wide_d = bf16 ? up(a.k.shape[3], 32) : a.k.shape[3];
   const int64_t padded_panels = up(plan.key_panels, 2);

@@ -29,6 +29,10 @@ struct Attention {
   int threads;
 };
 
+// Whether queries are multiplied as bf16. Such instructions take denormal numbers for zero: of keys that is less than 2^-52 of a logit
+// where queries stay below 2^64, of queries it may be all of one.
+bool multiplies_bf16(const View& query, int threads);
+
 // out [batch, q_heads, q_len, dv] in q's dtype (any strides), lse [batch, q_heads, q_len] fp32 contiguous
 void attend(const Attention& a, const View& out, float* lse);
 

@@ -99,7 +99,7 @@ void prepare(const Attention& a, const Plan& plan, bool bf16, int64_t sequence, 
 void decode(const Attention& a, const Pages* pages, const View& out, float* lse) {
   const Kernels& k = kernels();
   const int64_t d = a.k.shape[3], dv = a.v.shape[3], q_heads = a.q.shape[1], q_len = a.q.shape[2];
-  const bool bf16 = k.bf16_lines && a.q.dtype == BF16 && d % 32 == 0;
+  const bool bf16 = k.bf16_lines && d % 32 == 0 && multiplies_bf16(a.q, a.threads);
   const std::vector<Attention> calls = calls_of(a, pages);
   std::vector<std::unique_ptr<Plan>> plans;
   std::vector<Unit> units;

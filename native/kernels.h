@@ -221,13 +221,14 @@ struct BlockScore {
 struct Kernels {
   bool multiplies_bf16;  // whether attend_bf16 exists
   bool bf16_lines;       // whether attend_lines_bf16 exists (AMX)
-  bool value_panels;  // whether `attend` reads values in panels, else in rows
+  bool value_panels;     // whether `attend` reads values in panels, else in rows
 
   // packing of panels first..last-1 of one head [kv_len][d]
   void (*pack_keys)(const View& k, int64_t b, int64_t h, int64_t first, int64_t last, float* out);         // [panel][d][16]
   void (*pack_values)(const View& v, int64_t b, int64_t h, int64_t first, int64_t last, float* out);       // [panel][dv up to 16 / 16][16 keys][16]
   void (*pack_keys_bf16)(const View& k, int64_t b, int64_t h, int64_t first, int64_t last, uint16_t* out); // [panel][d/32][16][16][2]
   void (*pack_values_bf16)(const View& v, int64_t b, int64_t h, int64_t first, int64_t last, uint16_t* out);  // pairs of panels
+  bool (*ordinary_bf16)(const View& x, int64_t b, int64_t h);  // whether no number of a head of bf16 is denormal or beyond 2^64
   void (*read_rows)(const View& x, int64_t b, int64_t h, int64_t first, int64_t last, int64_t padded, bool clean, float* out);
 
   void (*attend)(const Tile& t);

@@ -7,6 +7,7 @@
 #include <limits>
 #include <numeric>
 
+#include "attend.h"
 #include "level.h"
 #include "offset_rows.h"
 #include "parallel.h"
@@ -35,7 +36,7 @@ void attend_wheel(const OffsetAttention& a, const Wheel& wheel, const View& out,
   const int64_t m = wheel.modulus, batch = a.q.shape[0], kv_heads = a.k.shape[1], heads_of = a.q.shape[1] / kv_heads;
   const int64_t kv_len = a.k.shape[2], offset = kv_len - a.q.shape[2], dim = a.k.shape[3], v_dim = a.v.shape[3];
   const int64_t d = up(dim, 16), dv = up(v_dim, 16);
-  const bool bf16 = kernel.multiplies_bf16 && a.q.dtype == BF16;
+  const bool bf16 = multiplies_bf16(a.q, a.threads);
   const int64_t wide_d = bf16 ? up(dim, 32) : dim, unit = bf16 ? 2 : 4;
   for (int64_t i = 0; i < std::min(-offset, a.q.shape[2]); ++i)  // queries before the first key
     for (int64_t row = 0; row < batch * a.q.shape[1]; ++row) {

@@ -70,3 +70,18 @@ def test_logits_far_apart_give_exact_weights(name, q_len, scale, power, dtype):
     large = 75 * 2.0 ** ((power + 1) // 2)
     for mine, wanted, size in zip(ours, torch.autograd.grad((exact * by).sum(), wide), (large, large, 1.0), strict=True):
         assert (mine.double() - wanted).abs().max() <= 3 * tolerance * (size + wanted.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("q_len", [1, 70])
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "blocks"])
+def test_denormal_queries_are_not_taken_for_zero_where_keys_make_up_for_them(name, q_len, dtype):
+    """Instructions that multiply bf16 would."""
+    q, k = one_channel_each(1, 2, q_len, 16) * 2.0**-127, all_different(1, 2, 150, 16) * 2.0**120
+    v = torch.randn(1, 2, 150, 16, generator=torch.Generator().manual_seed(3))
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    found = CALLS[name](q, k, v, 8.0)
+    exact, exact_lse = oracle.plain_attention(*(x.double() for x in (q, k, v)), kept_by(name, q, k, found, 8.0), scale=8.0)
+    assert exact_lse.max() > 4.0
+    assert (found[0].double() - exact).abs().max() <= (1e-4 if dtype == torch.float32 else 2e-2)
+    assert (found[1].double() - exact_lse).abs().max() <= 1e-4

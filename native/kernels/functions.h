@@ -11,6 +11,7 @@ bool value_panels();
 void pack_keys(const View& k, int64_t b, int64_t h, int64_t first, int64_t last, float* out);
 void pack_keys_bf16(const View& k, int64_t b, int64_t h, int64_t first, int64_t last, uint16_t* out);
 void pack_values_bf16(const View& v, int64_t b, int64_t h, int64_t first, int64_t last, uint16_t* out);
+bool ordinary_bf16(const View& x, int64_t b, int64_t h);
 void pack_values(const View& v, int64_t b, int64_t h, int64_t first, int64_t last, float* out);
 void read_rows(const View& x, int64_t b, int64_t h, int64_t first, int64_t last, int64_t padded, bool clean, float* out);
 void attend(const Tile& t);

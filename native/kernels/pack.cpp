@@ -98,6 +98,24 @@ static inline uint16_t read_bf16(const View& x, int64_t b, int64_t h, int64_t i,
   return *reinterpret_cast<const uint16_t*>(at(x, b, h, i, c));
 }
 
+bool ordinary_bf16(const View& x, int64_t b, int64_t h) {
+  const int n = (int)x.shape[3];
+  for (int64_t i = 0; i < x.shape[2]; ++i) {
+    const uint16_t* row = reinterpret_cast<const uint16_t*>(at(x, b, h, i, 0));
+    uint16_t odd = 0;
+    const auto look = [&](uint16_t bits) {
+      const uint16_t size = bits & 0x7fffu;
+      odd |= (uint16_t)((uint16_t)(size - 1) < 0x7fu) | (uint16_t)(size >= 0x5f80u);  // 1 to 0x7f are denormal, 0x5f80 is 2^64
+    };
+    if (x.stride[3] == 1)
+      for (int c = 0; c < n; ++c) look(row[c]);
+    else
+      for (int c = 0; c < n; ++c) look(row[c * x.stride[3]]);
+    if (odd) return false;
+  }
+  return true;
+}
+
 // [panel][d / 32][16 channel pairs][16 keys][2]: one tile of the second operand for every 32 channels
 void pack_keys_bf16(const View& k, int64_t b, int64_t h, int64_t first, int64_t last, uint16_t* out) {
   const int d = (int)k.shape[3];

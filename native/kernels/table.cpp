@@ -9,7 +9,7 @@ namespace SIEVE_LEVEL {
 extern const Kernels table;
 // clang-format off
 const Kernels table = {
-    multiplies_bf16(), bf16_lines(), value_panels(), pack_keys, pack_values, pack_keys_bf16, pack_values_bf16, read_rows, attend, attend_part, attend_bf16,
+    multiplies_bf16(), bf16_lines(), value_panels(), pack_keys, pack_values, pack_keys_bf16, pack_values_bf16, ordinary_bf16, read_rows, attend, attend_part, attend_bf16,
     tile_scratch,   finish_row, all_finite,     put_row,
     attend_lines, attend_lines_bf16, lines_scratch, pack_rows_bf16, merge, scan_bytes, pack_scan, scan, scan_scratch,
     dot_rows, fold, row_mass, best_row, powers, split, gradient, gradient_scratch,

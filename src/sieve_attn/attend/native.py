@@ -3,7 +3,7 @@
 One build holds every instruction set (portable, AVX2, AVX-512, VNNI with AVX512-BF16, AMX); the best that the machine runs is
 chosen when first asked, or by ``SIEVE_LEVEL``. fp32 accumulation throughout; with AMX or AVX512-BF16, bf16 inputs multiply as
 they are and probabilities are rounded to bf16 before they meet the values (their sum is not). Those instructions take denormal
-numbers, below 2^-126, for zero. Threads: torch's count.
+numbers, below 2^-126, for zero: queries that hold one, or one beyond 2^64, are multiplied in fp32. Threads: torch's count.
 """
 
 from __future__ import annotations
